@@ -1,0 +1,1 @@
+"""Environments and datasets: `data.mpe` holds the particle tasks, `data/collect.py` records datasets from them."""
