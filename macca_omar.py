@@ -1,0 +1,762 @@
+# Paper: MACCA: Offline Multi-agent Reinforcement Learning with Causal Credit Assignment,
+#        https://openreview.net/forum?id=gwUOzI4DuV
+# OMAR:  Plan Better Amid Conservatism: Offline Multi-Agent RL with Actor Rectification, https://arxiv.org/abs/2111.11188
+"""MACCA-OMAR: offline multi-agent RL from a team reward, split by a causal model, learned by OMAR.
+
+    python macca_omar.py --env mpe/simple_spread --dataset expert
+
+One iteration is one pass of Algorithm 1: draw a minibatch, assign each agent its individual reward (Eq. 6), then take
+one step of the causal model (Eq. 4), of the critics (conservative, Eq. 7) and of the actors (Eq. 8). Agents share no
+weights; they are computed together, as stacks with the agent's index first: [N, ...].
+"""
+
+import csv
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from causal_model import CausalModel
+
+
+@dataclass
+class Args:
+    env: str = "mpe/simple_spread"
+    """where to evaluate: `mpe/TASK` (data/mpe.py), or `package.module:factory`, a PettingZoo parallel environment"""
+    dataset: str = "expert"
+    """an .npz file, or `random`, `medium-replay`, `medium`, `expert`: `data/datasets/ENV/QUALITY.npz`"""
+    credit: Literal["macca", "team", "uniform", "truth"] = "macca"
+    """an agent's reward: the causal model's share, the team reward, its N-th part, or the one in the dataset"""
+    standardize_rewards: bool = False
+    """shift and scale each agent's rewards to mean 0, deviation 1 over the minibatch before the backbone sees them"""
+    seed: int = 1
+    """seed of weights, minibatches and evaluation episodes"""
+    cuda: bool = torch.cuda.is_available()
+    """train on the GPU"""
+    total_iterations: int = 10_000
+    """iterations, each one update of everything; 0 evaluates `--checkpoint` and ends"""
+    batch_size: int = 256
+    """transitions in a minibatch, each with all agents"""
+    gamma: float = 0.95
+    """discount factor"""
+    learning_rate: float = 1e-3
+    """Adam's learning rate of actors and critics"""
+    hidden_dim: int = 64
+    """width of the two hidden layers of actors and critics"""
+    target_rate: float = 0.01
+    """share of the way that target networks move towards their networks each iteration"""
+    max_grad_norm: float = 0.5
+    """largest gradient norm of one agent's actor or critics"""
+    eval_interval: int = 1000
+    """iterations between evaluations and checkpoints"""
+    eval_episodes: int = 10
+    """episodes of an evaluation during training"""
+    final_episodes: int = 100
+    """episodes of the evaluation at the end"""
+    preset: Literal["none", "paper"] = "none"
+    """`paper`: the paper's Tables 9 and 10 for the dataset's quality as defaults; flags given beside it still win"""
+    checkpoint: str = ""
+    """a checkpoint.pt to start from, or a policy.pt to evaluate"""
+    resume: str = ""
+    """a run folder to go on with, under its own arguments; only --total-iterations may be given anew"""
+
+    # The causal model (used by `--credit macca` only)
+    graph: Literal["dynamic", "fixed", "full"] = "dynamic"
+    """masks that depend on state and action (Eq. 3), one learned mask per agent, or no masks"""
+    lambda1: float = 7e-3
+    """L1 penalty on edges from states (Eq. 5)"""
+    lambda2: float = 7e-3
+    """L1 penalty on edges from actions (Eq. 5)"""
+    anchor: float = 5.0
+    """penalty factor on edges from another agent's dimensions; 1 is the paper's letter"""
+    h: float = 0.1
+    """an edge counts in the credit when its probability is at least this (Eq. 6)"""
+    causal_learning_rate: float = 1e-3
+    """Adam's learning rate of the individual-reward predictor"""
+    causal_target: Literal["team", "truth"] = "team"
+    """fit the sum of individual rewards to the team reward (Eq. 4), or each to the recorded one (Table 5)"""
+    causal_schedule: Literal["alternate", "first"] = "alternate"
+    """train the causal model beside the policy, or before it and then freeze it"""
+    causal_pretrain_iterations: int = 5_000
+    """iterations of the causal model alone under `--causal-schedule first`, before the `--total-iterations`"""
+
+    # Algorithm specific
+    alpha: float = 1.0
+    """weight of the conservative penalty (Eq. 7)"""
+    cql_samples: int = 5
+    """actions drawn uniformly for the penalty's logsumexp, and as many near the policy's (continuous actions)"""
+    tau: float = 0.9
+    """share of imitating the zeroth-order optimum, against following the critic's gradient (Eq. 8)"""
+    omar_rounds: int = 3
+    """rounds of the zeroth-order optimiser (continuous actions)"""
+    omar_samples: int = 10
+    """candidate actions of a round"""
+
+
+# Tables 9 and 10 of the paper; the quality is the dataset's. anchor 1 is Eq. 5 to the letter.
+PAPER_COMMON = dict(
+    batch_size=1024, learning_rate=3e-4, hidden_dim=64, gamma=0.95, causal_learning_rate=5e-2, h=0.1, anchor=1.0
+)
+PAPER_QUALITY = {
+    "expert": dict(tau=0.9, alpha=5.0, lambda1=7e-3, lambda2=7e-3),
+    "medium": dict(tau=0.7, alpha=0.5, lambda1=5e-3, lambda2=5e-3),
+    "medium-replay": dict(tau=0.7, alpha=1.0, lambda1=5e-3, lambda2=7e-3),
+    "random": dict(tau=0.99, alpha=1.0, lambda1=1e-7, lambda2=1e-3),
+}
+
+
+def fail(message: str) -> NoReturn:
+    """A mistake of the user's: one sentence, exit status 2."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuse numbers that cannot be meant."""
+    for name in ["batch_size", "hidden_dim", "eval_interval", "eval_episodes", "final_episodes"]:
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
+    for name in ["seed", "total_iterations", "causal_pretrain_iterations", "lambda1", "lambda2", "anchor"]:
+        if not 0 <= getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
+    for name in ["gamma", "h", "target_rate"]:
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to 1")
+    for name in ["learning_rate", "causal_learning_rate", "max_grad_norm"]:
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a positive number")
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda was given but torch sees no CUDA device; give --no-cuda or install a CUDA build of torch")
+    if args.total_iterations == 0 and not args.checkpoint:
+        fail("--total-iterations is 0 and there is nothing to evaluate; give --checkpoint PATH")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment and evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_env(name: str):
+    """The PettingZoo parallel environment called `family/task` (module `data.family`) or `package.module:factory`."""
+    if ":" in name:
+        module_name, _, factory = name.partition(":")
+        arguments = []
+    elif "/" in name:
+        family, _, task = name.partition("/")
+        module_name, factory, arguments = f"data.{family}", "parallel_env", [task]
+    else:
+        fail(f"--env is '{name}', expected something like mpe/simple_spread or package.module:factory")
+    try:
+        env = getattr(importlib.import_module(module_name), factory)(*arguments)
+    except ImportError as error:
+        fail(f"--env {name} needs the module {module_name}, which cannot be imported: {error}")
+    except (AttributeError, ValueError) as error:
+        fail(f"--env {name} cannot be made: {error}")
+    if not hasattr(env, "possible_agents"):
+        fail(f"--env {name} gave a {type(env).__name__}, expected a PettingZoo parallel environment")
+    spaces = {(str(env.observation_space(agent)), str(env.action_space(agent))) for agent in env.possible_agents}
+    if len({(env.observation_space(a).shape, str(env.action_space(a))) for a in env.possible_agents}) > 1:
+        fail(f"--env {name} has agents with different spaces, expected the same shape for all: {sorted(spaces)}")
+    space = env.action_space(env.possible_agents[0])
+    if isinstance(space, gymnasium.spaces.Box) and not (np.all(space.low == -1) and np.all(space.high == 1)):
+        fail(f"--env {name} has actions in {space}, expected a Box from -1 to 1; wrap it to rescale them")
+    return env
+
+
+@torch.no_grad()
+def evaluate(env, actor: "Actor", episodes: int, seed: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Play `episodes` with the deterministic policy, from reset seeds `seed`, `seed` + 1, ...
+
+    Returns arrays over episodes: `return`, the mean over agents of the summed individual rewards, and `won` where the
+    environment reports it.
+    """
+    agents = env.possible_agents
+    blank = np.zeros(env.observation_space(agents[0]).shape, np.float32)
+    results: dict[str, list[float]] = {"return": []}
+    for episode in range(episodes):
+        observations, infos = env.reset(seed=seed + episode)
+        total = 0.0
+        while env.agents:
+            joint = torch.as_tensor(np.stack([observations.get(a, blank) for a in agents]), device=device)[:, None]
+            masks = None
+            if actor.discrete:
+                everything = np.ones(actor.action_dim, bool)
+                masks = np.stack([np.asarray(infos.get(a, {}).get("action_mask", everything), bool) for a in agents])
+                masks = torch.as_tensor(masks, device=device)[:, None]
+            chosen = actor.act(joint.float(), masks)[:, 0].cpu().numpy()  # [N, A] or [N]
+            actions = {a: chosen[i] for i, a in enumerate(agents) if a in env.agents}
+            observations, rewards, _, _, infos = env.step(actions)
+            total += sum(rewards.values()) / len(agents)
+        results["return"].append(total)
+        won = [info["won"] for info in infos.values() if "won" in info]
+        if won:
+            results.setdefault("won", []).append(float(any(won)))
+    return {name: np.array(values) for name, values in results.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read and check a dataset file (format: data/README.md): tensors with leading dimension T, and the metadata."""
+    if not path.is_file():
+        fail(f"the dataset {path} does not exist; give --dataset FILE, or record it with data/collect.py")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        metadata = json.loads(str(arrays.pop("metadata", "{}")))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"{path} cannot be read as a dataset ({error}); is it a complete .npz file without pickled objects?")
+    missing = [name for name in ["observations", "actions", "rewards", "terminals", "timeouts"] if name not in arrays]
+    if missing:
+        fail(f"{path} lacks the arrays {', '.join(missing)}; data/README.md lists what a dataset holds")
+    if metadata.get("env", args.env) != args.env:
+        fail(
+            f"{path} was recorded in {metadata['env']}, but --env is {args.env}; give the one that belongs to the other"
+        )
+
+    space = env.action_space(env.possible_agents[0])
+    discrete = isinstance(space, gymnasium.spaces.Discrete)
+    agents, action_dim = len(env.possible_agents), int(space.n) if discrete else space.shape[0]
+    steps = len(arrays["rewards"])
+    observed = (agents, *env.observation_space(env.possible_agents[0]).shape)
+    ends = (
+        arrays["terminals"] | arrays["timeouts"]
+        if arrays["terminals"].dtype == bool == arrays["timeouts"].dtype
+        else None
+    )
+    if ends is None or ends.shape != (steps,) or not steps:
+        fail(f"{path} needs terminals and timeouts of kind bool, one for each of at least one reward")
+    expected = {
+        "observations": (steps, *observed),
+        "next_observations": (steps, *observed),
+        "final_observations": (int(ends.sum()), *observed),
+        "actions": (steps, agents) if discrete else (steps, agents, action_dim),
+        "rewards": (steps,),
+        "individual_rewards": (steps, agents),
+        "action_masks": (steps, agents, action_dim),
+        "next_action_masks": (steps, agents, action_dim),
+    }
+    for name, array in arrays.items():
+        kinds = {"actions": "iu" if discrete else "f", "action_masks": "b", "next_action_masks": "b"}.get(name, "f")
+        if name in expected and (array.shape != expected[name] or array.dtype.kind not in kinds):
+            fail(f"{path}: {name} is {array.dtype} {array.shape}, but --env {args.env} has {kinds} {expected[name]}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            fail(f"{path}: {name} holds NaN or infinity; every number must be finite")
+    low, high = (0, action_dim - 1) if discrete else (-1, 1)
+    if arrays["actions"].min() < low or arrays["actions"].max() > high:
+        fail(
+            f"{path}: actions run from {arrays['actions'].min()} to {arrays['actions'].max()}, expected {low} to {high}"
+        )
+    if "individual_rewards" not in arrays and "truth" in (args.credit, args.causal_target):
+        fail(f"{path} has no individual_rewards, which --credit truth and --causal-target truth need")
+
+    if "next_observations" not in arrays:
+        if "final_observations" not in arrays or not ends[-1]:
+            fail(f"{path} needs next_observations, or final_observations and a last row that ends its episode")
+        arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
+        arrays["next_observations"][ends] = arrays.pop("final_observations")
+    if discrete:
+        arrays["actions"] = arrays["actions"].astype(np.int64)
+        everything = np.ones((steps, agents, action_dim), bool)
+        arrays["action_masks"] = arrays.get("action_masks", everything)
+        arrays["next_action_masks"] = arrays.get("next_action_masks", np.roll(arrays["action_masks"], -1, axis=0))
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, metadata
+
+
+def sample(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, torch.Tensor]:
+    """A minibatch, drawn where the data lies: every tensor [B, ...]. All agents share the rows."""
+    rows = torch.randint(len(data["rewards"]), (batch_size,), device=data["rewards"].device)
+    return {name: tensor[rows] for name, tensor in data.items()}
+
+
+def causal_inputs(batch: dict[str, torch.Tensor], action_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The joint state [B, S] and the actions as vectors [B, N, A] (one-hot where discrete)."""
+    state = batch["states"] if "states" in batch else batch["observations"].flatten(1)
+    actions = batch["actions"]
+    return state, actions if actions.is_floating_point() else F.one_hot(actions, action_dim).float()
+
+
+def assign_credit(
+    batch: dict[str, torch.Tensor], args: Args, causal_model: CausalModel, action_dim: int
+) -> torch.Tensor:
+    """What each agent is said to have earned, [B, N]: Eq. 6, or one of its three controls."""
+    agents = causal_model.num_agents
+    if args.credit == "macca":
+        return causal_model.assign(*causal_inputs(batch, action_dim))
+    if args.credit == "truth":
+        return batch["individual_rewards"]
+    team = batch["rewards"][:, None].expand(-1, agents)
+    return team if args.credit == "team" else team / agents
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks: one actor and two critics for every agent, as stacks of weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StackedLinear(nn.Module):
+    """Independent linear layers, initialised as nn.Linear: the first n of them on an input [n, B, in_dim]."""
+
+    def __init__(self, stack: int, in_dim: int, out_dim: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = nn.Parameter(torch.empty(stack, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(stack, 1, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias[: len(x)], x, self.weight[: len(x)])
+
+
+class Actor(nn.Module):
+    """Deterministic policies pi^i(o^i): actions in [-1, 1] (continuous) or one logit per action (discrete)."""
+
+    def __init__(self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
+        super().__init__()
+        self.discrete, self.action_dim = discrete, action_dim
+        self.register_buffer("mean", torch.zeros(agents, 1, observation_dim))
+        self.register_buffer("std", torch.ones(agents, 1, observation_dim))
+        self.layer1 = StackedLinear(agents, observation_dim, hidden_dim)
+        self.layer2 = StackedLinear(agents, hidden_dim, hidden_dim)
+        self.layer3 = StackedLinear(agents, hidden_dim, action_dim)
+
+    def forward(self, observations: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, B, O] and, where discrete, masks [N, B, A] of the actions that can be taken -> [N, B, A]."""
+        x = (observations - self.mean) / self.std
+        x = self.layer3(F.relu(self.layer2(F.relu(self.layer1(x)))))
+        return x.masked_fill(~masks, -1e9) if masks is not None else torch.tanh(x)
+
+    def act(self, observations: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+        """The action that is played: [N, B, A], or its index [N, B]."""
+        return self(observations, masks).argmax(2) if self.discrete else self(observations)
+
+
+class Critic(nn.Module):
+    """Twin critics Q^{i,1}, Q^{i,2} of every agent, a stack of 2 N networks."""
+
+    def __init__(self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(agents, 1, observation_dim))
+        self.register_buffer("std", torch.ones(agents, 1, observation_dim))
+        self.layer1 = StackedLinear(2 * agents, observation_dim, hidden_dim)
+        self.action_weight = None if discrete else StackedLinear(2 * agents, action_dim, hidden_dim).weight
+        self.layer2 = StackedLinear(2 * agents, hidden_dim, hidden_dim)
+        self.layer3 = StackedLinear(2 * agents, hidden_dim, action_dim if discrete else 1)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor | None = None, twins: int = 2) -> torch.Tensor:
+        """Q-values [twins, N, B, K] of observations [N, B, O].
+
+        Continuous: of K actions [N, B, K, A] for each observation. Discrete: of all K = A actions.
+        """
+        agents, batch, _ = observations.shape
+        x = self.layer1(((observations - self.mean) / self.std).repeat(twins, 1, 1))  # [twins N, B, hidden]
+        if actions is not None and self.action_weight is not None:
+            # The first layer is linear, so the observation's part of it is computed once for all K actions.
+            part = torch.bmm(actions.flatten(1, 2).repeat(twins, 1, 1), self.action_weight[: len(x)])
+            x = (x[:, :, None] + part.view(*x.shape[:2], -1, x.shape[2])).flatten(1, 2)  # [twins N, B K, hidden]
+        x = F.relu(self.layer2(F.relu(x, inplace=True)), inplace=True)
+        return self.layer3(x).view(twins, agents, batch, -1)
+
+
+class Networks(nn.Module):
+    """Actors and critics with their target networks."""
+
+    def __init__(self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
+        super().__init__()
+        sizes = (agents, observation_dim, action_dim, hidden_dim, discrete)
+        self.actor, self.actor_target = Actor(*sizes), Actor(*sizes).requires_grad_(False)
+        self.critic, self.critic_target = Critic(*sizes), Critic(*sizes).requires_grad_(False)
+        self.actor_target.load_state_dict(self.actor.state_dict())
+        self.critic_target.load_state_dict(self.critic.state_dict())
+
+    def fit_statistics(self, observations: torch.Tensor) -> None:
+        """Standardise inputs by mean and deviation of the dataset's observations [T, N, O], each agent's by its own."""
+        mean, std = observations.mean(0)[:, None], observations.std(0)[:, None]
+        for network in self.children():
+            network.mean.copy_(mean)
+            network.std.copy_(torch.where(std > 1e-6, std, 1.0))
+
+
+def step(
+    loss: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, agents: int, max_norm: float
+) -> None:
+    """One gradient step of `network` and of nothing else, each agent's gradient scaled to at most `max_norm`.
+
+    One norm over the stacked weights would couple the agents: a large gradient of one would slow the others.
+    """
+    parameters = list(network.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    gradients = [p.grad.view(-1, agents, p[0].numel()) for p in parameters]  # actors [1, N, n], twin critics [2, N, n]
+    norm = torch.stack([g.square().sum((0, 2)) for g in gradients]).sum(0).sqrt()  # [N]
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None]
+    for gradient in gradients:
+        gradient.mul_(scale)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
+    """target <- target + rate (network - target), in place."""
+    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ALGORITHM LOGIC: OMAR. Outside this section the three scripts differ in their defaults only.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def penalty_actions(policy_actions: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Actions for the conservative penalty and the logarithm of their density: [N, B, 2 K, A] and [N, B, 2 K].
+
+    K are uniform over the action space. K are uniform over a box around the policy's action [N, B, A]: where the policy
+    exploits an error of the critic, few uniform samples fall, and the penalty would not see it.
+    """
+    low, high = torch.full_like(policy_actions, -1.0), torch.ones_like(policy_actions)
+    near_low, near_high = (policy_actions - 0.2).clamp(min=-1), (policy_actions + 0.2).clamp(max=1)
+    low = torch.stack([low, near_low], dim=2).repeat_interleave(samples, dim=2)  # [N, B, 2 K, A]
+    high = torch.stack([high, near_high], dim=2).repeat_interleave(samples, dim=2)
+    return torch.lerp(low, high, torch.rand_like(low)), -(high - low).log().sum(3)
+
+
+def critic_loss(batch: dict, rewards: torch.Tensor, nets: Networks, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. 7: the squared error to y plus alpha times the conservative penalty, summed over agents and twins."""
+    observations, actions = (
+        batch["observations"].transpose(0, 1),
+        batch["actions"].transpose(0, 1),
+    )  # [N, B, O], [N, B, A]
+    next_observations = batch["next_observations"].transpose(0, 1)
+    if nets.actor.discrete:
+        masks, next_masks = batch["action_masks"].transpose(0, 1), batch["next_action_masks"].transpose(0, 1)
+        with torch.no_grad():
+            next_actions = nets.actor_target.act(next_observations, next_masks)
+            next_q = nets.critic_target(next_observations).min(0).values.gather(2, next_actions[..., None])
+        q_all = nets.critic(observations)  # [2, N, B, A]
+        q = q_all.gather(3, actions[None, ..., None].expand(2, -1, -1, -1)).squeeze(3)  # [2, N, B]
+        soft_maximum = q_all.masked_fill(~masks, -torch.inf).logsumexp(3)
+    else:
+        with torch.no_grad():
+            next_actions = nets.actor_target(next_observations)
+            next_q = nets.critic_target(next_observations, next_actions[:, :, None]).min(0).values
+            candidates, log_density = penalty_actions(nets.actor(observations), args.cql_samples)
+        q_all = nets.critic(observations, torch.cat([actions[:, :, None], candidates], dim=2))  # [2, N, B, 1 + 2 K]
+        q = q_all[..., 0]
+        # log sum_a exp Q(o, a) as an integral, estimated by importance sampling.
+        soft_maximum = (q_all[..., 1:] - log_density).logsumexp(3)
+    # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')); a time limit is not the end of the world, a terminal is.
+    y = rewards.T + args.gamma * (1 - batch["terminals"].float()) * next_q.squeeze(2)  # [N, B]
+    loss = ((q - y).square() + args.alpha * (soft_maximum - q)).mean(2).sum()
+    return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
+
+
+@torch.no_grad()
+def zeroth_order_actions(
+    observations: torch.Tensor, policy_actions: torch.Tensor, critic: Critic, args: Args
+) -> torch.Tensor:
+    """OMAR's maximiser a_hat of the first critic over actions: [N, B, A].
+
+    A Gaussian per observation, refitted in each round to its samples weighted by softmax(Q); the best of the last
+    round's samples and the policy's own action [N, B, A] wins.
+    """
+    mean, std = torch.zeros_like(policy_actions)[:, :, None], 2.0
+    candidates = policy_actions[:, :, None]
+    for _ in range(args.omar_rounds):
+        noise = torch.randn(*policy_actions.shape[:2], args.omar_samples, policy_actions.shape[2], device=mean.device)
+        samples = (mean + std * noise).clamp(-1, 1)  # [N, B, K, A]
+        candidates = torch.cat([samples, policy_actions[:, :, None]], dim=2)
+        q = critic(observations, candidates, twins=1)[0]  # [N, B, K + 1]
+        weights = q[..., :-1].softmax(2)[..., None]
+        mean = (weights * samples).sum(2, keepdim=True)
+        std = (weights * (samples - mean).square()).sum(2, keepdim=True).sqrt()
+    best = q.argmax(2)[..., None, None].expand(-1, -1, 1, policy_actions.shape[2])
+    return candidates.gather(2, best).squeeze(2)
+
+
+def actor_loss(batch: dict, rewards: torch.Tensor, nets: Networks, args: Args) -> tuple[torch.Tensor, dict]:
+    """Eq. 8: tau times the distance to the zeroth-order optimum a_hat, minus (1 - tau) times Q, summed over agents."""
+    observations, actions = batch["observations"].transpose(0, 1), batch["actions"].transpose(0, 1)
+    if nets.actor.discrete:
+        masks = batch["action_masks"].transpose(0, 1)
+        logits = nets.actor(observations, masks)  # [N, B, A]
+        q_all = nets.critic(observations, twins=1)[0]
+        # The maximum over a finite set is found exactly, and the distance becomes a cross-entropy.
+        a_hat = q_all.masked_fill(~masks, -torch.inf).argmax(2)
+        distance = F.cross_entropy(logits.flatten(0, 1), a_hat.flatten(), reduction="none").view_as(a_hat)
+        q = (logits.softmax(2) * q_all).sum(2)  # the expected Q under pi
+        data_distance = (logits.argmax(2) != actions).float().mean()
+    else:
+        policy_actions = nets.actor(observations)
+        q = nets.critic(observations, policy_actions[:, :, None], twins=1)[0].squeeze(2)
+        a_hat = zeroth_order_actions(observations, policy_actions.detach(), nets.critic, args)
+        distance = (policy_actions - a_hat).square().sum(2)
+        data_distance = (policy_actions.detach() - actions).square().mean()
+    loss = (args.tau * distance - (1 - args.tau) * q).mean(1).sum()
+    return loss, {"actor_loss": loss.detach(), "q_policy": q.detach().mean(), "data_distance": data_distance}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# End of the algorithm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def update(
+    batch: dict, nets: Networks, causal_model: CausalModel, optimizers: dict, args: Args, policy: bool, causal: bool
+) -> dict:
+    """One iteration of Algorithm 1 on a minibatch. Nothing in it waits for the host."""
+    agents, losses = causal_model.num_agents, {}
+    rewards = assign_credit(batch, args, causal_model, nets.actor.action_dim)  # line 4 (Eq. 6): [B, N]
+    if args.standardize_rewards:
+        rewards = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-6)
+    if causal:  # line 5 (Eq. 4)
+        truth = batch["individual_rewards"] if args.causal_target == "truth" else None
+        loss, team_error = causal_model.loss(*causal_inputs(batch, nets.actor.action_dim), batch["rewards"], truth)
+        optimizers["causal"].zero_grad()
+        loss.backward()
+        optimizers["causal"].step()
+        losses |= {"causal_loss": loss.detach(), "team_error": team_error}
+    if policy:  # line 6
+        loss, logs = critic_loss(batch, rewards, nets, args)
+        step(loss, nets.critic, optimizers["critic"], agents, args.max_grad_norm)
+        losses |= logs
+        loss, logs = actor_loss(batch, rewards, nets, args)
+        step(loss, nets.actor, optimizers["actor"], agents, args.max_grad_norm)
+        losses |= logs
+        move_target(nets.critic_target, nets.critic, args.target_rate)
+        move_target(nets.actor_target, nets.actor, args.target_rate)
+    return losses
+
+
+def measure(
+    env, nets: Networks, causal_model: CausalModel, probe: dict, metadata: dict, args: Args, episodes: int
+) -> dict[str, float]:
+    """Play `episodes`, normalise the return by the dataset's references, hold the credit against a recorded truth."""
+    results = evaluate(env, nets.actor, episodes, 1000 * args.seed, probe["rewards"].device)
+    row = {"return": results["return"].mean(), "return_std": results["return"].std()}
+    for name, prefix in [("score", ""), ("score_paper", "paper_")]:
+        if f"{prefix}random_return" in metadata and f"{prefix}expert_return" in metadata:
+            low, high = metadata[f"{prefix}random_return"], metadata[f"{prefix}expert_return"]
+            row[name] = 100 * (row["return"] - low) / (high - low)
+    if "won" in results:
+        row["won"] = results["won"].mean()
+    if args.credit == "macca":
+        inputs = causal_inputs(probe, nets.actor.action_dim)
+        assigned = causal_model.assign(*inputs)
+        state_masks, action_masks = causal_model.masks(*inputs)
+        row["state_density"], row["action_density"] = state_masks.mean(), action_masks.mean()
+        row["team_nmse"] = (assigned.sum(1) - probe["rewards"]).square().mean() / probe["rewards"].var()
+        if "individual_rewards" in probe:
+            error = assigned - probe["individual_rewards"]
+            uniform_error = probe["rewards"][:, None] / causal_model.num_agents - probe["individual_rewards"]
+            row["credit_mse"], row["credit_mae"] = error.square().mean(), error.abs().mean()
+            # Undefined where all agents earn the same: there the uniform split is exact.
+            row["credit_skill"] = 1 - row["credit_mse"] / uniform_error.square().mean()
+    return {name: float(value) for name, value in row.items()}
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint under another name first, so that a crash leaves the old one whole."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load(path: Path, expected: dict) -> dict:
+    """Read a checkpoint and refuse one that belongs to something else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here
+        fail(
+            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); expected checkpoint.pt or policy.pt"
+        )
+    for name, value in expected.items():
+        if not isinstance(content, dict) or content.get(name) != value:
+            found = content.get(name) if isinstance(content, dict) else type(content).__name__
+            fail(f"{path} was made with {name} {found}, but this run has {name} {value}")
+    return content
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    resumed = Path(args.resume) if args.resume else None
+    if resumed:
+        try:
+            stored = json.loads((resumed / "config.json").read_text())["args"]
+            defaults = Args(**stored)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"--resume {resumed} is not a run folder of this script ({error}); expected one with a config.json")
+        args = tyro.cli(Args, default=dataclasses.replace(defaults, cuda=args.cuda))
+        args.resume = ""
+        changed = [
+            k for k, v in dataclasses.asdict(args).items() if v != stored[k] and k not in ("total_iterations", "cuda")
+        ]
+        if changed:
+            fail(f"--resume goes on with the run's own arguments, but {changed[0]} was changed")
+
+    env = make_env(args.env)
+    path = Path(args.dataset)
+    if args.dataset in PAPER_QUALITY:
+        path = Path(__file__).resolve().parent / "data" / "datasets" / args.env / f"{args.dataset}.npz"
+    data, metadata = load_dataset(path, args, env)
+    if args.preset == "paper" and not resumed:
+        quality = metadata.get("quality")
+        if quality not in PAPER_QUALITY:
+            print(f"{path} records no quality of the paper's, so --preset paper takes the expert row")
+        args = tyro.cli(Args, default=Args(**PAPER_COMMON, **PAPER_QUALITY.get(quality, PAPER_QUALITY["expert"])))
+    check_args(args)
+
+    script, here = Path(__file__).name, Path(__file__).resolve().parent
+    identity = {
+        "script": script,
+        "env": args.env,
+        "hidden_dim": args.hidden_dim,
+        "dataset_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    data = {name: tensor.to(device) for name, tensor in data.items()}
+    observations = data["observations"]
+    num_agents, observation_dim = observations.shape[1:]
+    space = env.action_space(env.possible_agents[0])
+    discrete = isinstance(space, gymnasium.spaces.Discrete)
+    action_dim = int(space.n) if discrete else space.shape[0]
+    nets = Networks(num_agents, observation_dim, action_dim, args.hidden_dim, discrete).to(device)
+    nets.fit_statistics(observations)
+    # The joint state is the observations side by side, unless the dataset brings one of its own, owned by nobody.
+    states = data["states"] if "states" in data else observations.flatten(1)
+    owner = None if "states" in data else [agent for agent in range(num_agents) for _ in range(observation_dim)]
+    causal_model = CausalModel(
+        num_agents, states.shape[1], action_dim, args.graph, owner, args.anchor, args.lambda1, args.lambda2, args.h
+    ).to(device)
+    causal_model.fit_statistics(states, data["rewards"])
+    optimizers = {
+        "causal": torch.optim.Adam(causal_model.parameter_groups(args.causal_learning_rate), fused=True),
+        "critic": torch.optim.Adam(nets.critic.parameters(), lr=args.learning_rate, fused=True),
+        "actor": torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True),
+    }
+    probe = sample(data, 10_000)  # the same transitions at every evaluation, to measure the credit on
+    pretrain = args.causal_pretrain_iterations if args.credit == "macca" and args.causal_schedule == "first" else 0
+    iteration, last, rows, seconds = 0, pretrain + args.total_iterations, [], 0.0
+
+    if args.checkpoint or resumed:
+        source = resumed / "checkpoint.pt" if resumed else Path(args.checkpoint)
+        stored = load(source, identity)
+        if "networks" in stored:
+            nets.load_state_dict(stored["networks"])
+            causal_model.load_state_dict(stored["causal_model"])
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dict(stored["optimizers"][name])
+        elif args.total_iterations == 0:
+            nets.actor.load_state_dict(stored["actor"])
+        else:
+            fail(
+                f"{source} holds actors alone, which can be evaluated with --total-iterations 0; train on checkpoint.pt"
+            )
+        if resumed:
+            iteration, rows, seconds = stored["iteration"], stored["rows"], stored["seconds"]
+            torch.set_rng_state(stored["rng"])
+            if args.cuda:
+                torch.cuda.set_rng_state(stored["cuda_rng"].cpu())
+
+    if args.total_iterations == 0:
+        for name, value in measure(env, nets, causal_model, probe, metadata, args, args.final_episodes).items():
+            print(f"{name} {value:.4g}")
+        raise SystemExit
+
+    stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+    task = args.env.replace("/", "-").replace(":", "-")
+    run = resumed or Path("runs") / f"{task}__{Path(script).stem}__{args.credit}__{args.seed}__{stamp}"
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    config = {"args": dataclasses.asdict(args), "versions": versions, "commit": commit, "command": sys.argv, **identity}
+    (run / "config.json").write_text(json.dumps(config, indent=2))
+    writer = SummaryWriter(str(run), purge_step=iteration if resumed else None)
+
+    def checkpoint() -> None:
+        content = {
+            **identity,
+            "networks": nets.state_dict(),
+            "causal_model": causal_model.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+            "iteration": iteration,
+            "rows": rows,
+            "seconds": seconds + time.monotonic() - started,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
+        }
+        save(run / "checkpoint.pt", content)
+        save(run / "policy.pt", {**identity, "actor": nets.actor.state_dict()})
+
+    def record(episodes: int) -> str:
+        """Evaluate, append the row to metrics.csv and TensorBoard, and return it as a line to read."""
+        row = measure(env, nets, causal_model, probe, metadata, args, episodes)
+        rows.append(
+            {"iteration": iteration, "episodes": episodes, "seconds": seconds + time.monotonic() - started, **row}
+        )
+        with open(run / "metrics.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, rows[0].keys())
+            table.writeheader()
+            table.writerows(rows)
+        for name, value in row.items():
+            writer.add_scalar(f"eval/{name}", value, iteration)
+        shown = [name for name in ("return", "score", "score_paper", "won", "credit_skill") if name in row]
+        return f"iteration {iteration}: " + ", ".join(f"{name} {row[name]:.3g}" for name in shown)
+
+    # The first Ctrl-C ends the run after the iteration in progress, with a checkpoint; the second ends it at once.
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    started = time.monotonic()
+    progress = tqdm(total=last, initial=iteration, unit="it", dynamic_ncols=True)
+    while iteration < last and not stop:
+        learn_policy, learn_causal = iteration >= pretrain, args.credit == "macca" and not (0 < pretrain <= iteration)
+        losses = update(sample(data, args.batch_size), nets, causal_model, optimizers, args, learn_policy, learn_causal)
+        iteration += 1
+        progress.update()
+        evaluates = iteration % args.eval_interval == 0 and iteration < last
+        if iteration % 100 == 0 or evaluates or iteration == last:
+            for name, value in losses.items():
+                if not torch.isfinite(value):
+                    kept = f"the last good checkpoint is in {run}" if rows else "no checkpoint was written"
+                    fail(f"{name} is {value.item()} at iteration {iteration}; {kept}; try a smaller --learning-rate")
+                writer.add_scalar(f"losses/{name}", value.item(), iteration)
+            writer.add_scalar("charts/iterations_per_second", progress.format_dict["rate"] or 0, iteration)
+        if evaluates:
+            progress.write(record(args.eval_episodes))
+            checkpoint()
+    progress.close()
+    checkpoint()
+    if stop:
+        writer.close()
+        print(f"stopped at iteration {iteration}; go on with: python {script} --resume {run}")
+        raise SystemExit(128 + stop[0])
+    print(f"the last policy over {args.final_episodes} episodes, {record(args.final_episodes)}")
+    writer.close()
+    print(f"run folder: {run}")
