@@ -145,21 +145,21 @@ class ParticleEnv(ParallelEnv):
         self.agents = self.possible_agents[:]
         self.steps = 0
         self.obs = self.task.observations(self.world)
-        return dict(zip(self.agents, self.obs)), self._infos()
+        return dict(zip(self.agents, self.obs, strict=True)), self._infos()
 
     def step(self, actions):
         """Takes {agent: [2] in [-1, 1], or 0..4}; returns the usual five dicts. Actions beyond the box are clipped."""
         if not self.agents:  # PettingZoo's convention after the end of an episode
             return {}, {}, {}, {}, {}
-        for name, agent in zip(self.agents, self.world.agents):
+        for name, agent in zip(self.agents, self.world.agents, strict=True):
             agent.action.u = self._force(name, actions) * (SENSITIVITY if agent.accel is None else agent.accel)
         self.world.step()
         self.steps += 1
 
         agents, over = self.agents, self.steps >= EPISODE_STEPS
         self.obs = self.task.observations(self.world)
-        observations = dict(zip(agents, self.obs))
-        rewards = dict(zip(agents, self.task.rewards(self.world).tolist()))
+        observations = dict(zip(agents, self.obs, strict=True))
+        rewards = dict(zip(agents, self.task.rewards(self.world).tolist(), strict=True))
         terminations, truncations = dict.fromkeys(agents, False), dict.fromkeys(agents, over)
         infos = self._infos()
         if over:
@@ -197,10 +197,10 @@ class ParticleEnv(ParallelEnv):
         action = np.asarray(actions[name])
         if self.task.discrete:
             if action.shape != () or not 0 <= action < 5 or action != int(action):
-                raise ValueError(f"the action of {name} is {actions[name]!r}, expected a whole number from 0 to 4.")
+                raise ValueError(f"the action of {name} is {action.tolist()}, expected a whole number from 0 to 4.")
             return DISCRETE_FORCES[int(action)]
         if action.shape != (2,) or not (-np.inf < action[0] < np.inf and -np.inf < action[1] < np.inf):
-            raise ValueError(f"the action of {name} is {actions[name]!r}, expected two finite numbers in [-1, 1].")
+            raise ValueError(f"the action of {name} is {action.tolist()}, expected two finite numbers in [-1, 1].")
         return np.minimum(np.maximum(action, -1.0), 1.0).astype(np.float64)
 
 
