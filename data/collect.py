@@ -333,6 +333,7 @@ def next_observations(data: dict[str, np.ndarray]) -> np.ndarray:
 
 def measure_references(args: Args, folder: Path) -> None:
     """Evaluates random and trained policies without noise and writes the returns into the policies' metadata."""
+    torch.manual_seed(args.seed)
     envs = make_envs(args.env, 100)
     num_agents, obs_dim, outputs, moves = sizes(envs[0])
     rng = np.random.default_rng(args.seed)
@@ -441,20 +442,22 @@ def write_dataset(args: Args, path: Path) -> None:
     if args.env in TEAM_REWARD_ONLY:
         del data["individual_rewards"]
 
-    if args.quality != "expert":  # the returns that scores are normalised with come from the expert's file
-        expert = ROOT / "data" / "policies" / args.env / "expert.npz"
-        references = load_policy(expert)[1] if expert.exists() else {}
-    else:
-        references = policy_metadata
+    expert = ROOT / "data" / "policies" / args.env / "expert.npz"  # its metadata hold the returns that scores need
+    references = load_policy(expert)[1] if expert.exists() else {}
     wanted = ("random_return", "random_return_standard_error", "expert_return", "expert_return_standard_error")
+    always, never = ("env", "quality", "transitions", "seed"), ("output", "overwrite")
+    flags = [
+        f"--{key.replace('_', '-')} {value}"
+        for key, value in vars(args).items()
+        if key in always or (key not in never and value != getattr(Args, key))
+    ]
     metadata = {
         "schema_version": "1",
         "env": args.env,
         "quality": args.quality,
         "seed": args.seed,
         "noise": noise,
-        "command": f"python data/collect.py --env {args.env} --quality {args.quality} "
-        f"--transitions {args.transitions} --noise {args.noise:g} --seed {args.seed}",
+        "command": " ".join(["python data/collect.py", *flags]),
         "transitions": len(data["rewards"]),
         "episodes": episodes,
         "episode_return_mean": float(returns.mean()),

@@ -1,0 +1,328 @@
+"""The particle tasks against mpe2 and a slow reference, the collector, the shipped dataset and policies."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from pettingzoo.test import parallel_api_test, parallel_seed_test
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import collect, mpe  # noqa: E402
+
+SHIPPED = ROOT / "data" / "datasets" / "mpe" / "simple_spread" / "expert.npz"
+POLICIES = ROOT / "data" / "policies" / "mpe" / "simple_spread"
+
+
+def run_collect(*arguments):
+    """The command in this process, which saves the seconds that importing torch takes: (exit status, stderr)."""
+    status, stderr = 0, io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            collect.main(tyro.cli(collect.Args, args=[str(argument) for argument in arguments]))
+        except SystemExit as stop:
+            status = stop.code
+    return status, stderr.getvalue()
+
+
+def load(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def place(env, agents, landmarks):
+    """Puts a world into a known state: positions [3, 2] and [3, 2]."""
+    for entity, position in zip(env.world.entities, [*agents, *landmarks], strict=True):
+        entity.state.p_pos = np.array(position, dtype=np.float64)
+
+
+# ---- the particle tasks ----
+
+
+@pytest.mark.parametrize("task", mpe.TASKS)
+def test_pettingzoo_api(task, capsys):
+    parallel_api_test(mpe.parallel_env(task), num_cycles=60)
+    parallel_seed_test(lambda: mpe.parallel_env(task))
+
+
+def slow_rewards(agents, landmarks):
+    """The reward of Cooperative Navigation, one sentence of its definition per line."""
+    rewards = []
+    for i, agent in enumerate(agents):
+        reward = 0.0
+        for landmark in landmarks:
+            nearest = min(np.hypot(*(other - landmark)) for other in agents)
+            reward += min(1 / nearest, 10) if nearest > 0 else 10
+        for j, other in enumerate(agents):
+            if j != i and np.hypot(*(other - agent)) < 0.3:
+                reward -= 5
+        rewards.append(reward)
+    return rewards
+
+
+def test_rewards_match_a_slow_reference():
+    env, rng = mpe.parallel_env("simple_spread"), np.random.default_rng(0)
+    env.reset(seed=0)
+    touched = capped = 0
+    for scale in np.tile([0.1, 0.3, 1.0], 100):  # crowded, then spread out
+        agents, landmarks = rng.uniform(-scale, scale, (3, 2)), rng.uniform(-scale, scale, (3, 2))
+        agents[0] = landmarks[0] if rng.random() < 0.1 else agents[0]  # exactly on a landmark
+        place(env, agents, landmarks)
+        expected = slow_rewards(agents, landmarks)
+        np.testing.assert_allclose(env.task.rewards(env.world), expected, rtol=1e-12)
+        touched += len(set(expected)) > 1
+        capped += any(np.hypot(*(agents[i] - landmarks[j])) < 0.1 for i in range(3) for j in range(3))
+    assert touched > 20 and capped > 20  # the cases that this test is about did occur
+
+
+def test_rewards_by_hand():
+    env = mpe.parallel_env("simple_spread")
+    env.reset(seed=0)
+    place(env, [[0, 0], [0.2, 0], [1, 1]], [[0, 0.05], [1, 1.5], [0.2, -0.25]])
+    # nearest distances 0.05 (capped at 10), 0.5 and 0.25; the first two agents touch
+    np.testing.assert_allclose(env.task.rewards(env.world), [10 + 2 + 4 - 5, 10 + 2 + 4 - 5, 10 + 2 + 4])
+
+
+@pytest.mark.parametrize("task", ["simple_spread", "simple_spread_discrete"])
+def test_dynamics_are_those_of_mpe2(task):
+    from mpe2 import simple_spread_v3
+
+    ours, rng = mpe.parallel_env(task), np.random.default_rng(1)
+    theirs = simple_spread_v3.parallel_env(continuous_actions=not ours.task.discrete)
+    for episode in range(4):
+        ours.reset(seed=episode)
+        theirs.reset(seed=episode)
+        world = theirs.unwrapped.world
+        for mine, other in zip(ours.world.entities, world.entities, strict=True):
+            position = 0.3 * mine.state.p_pos if episode % 2 else mine.state.p_pos  # odd episodes start in contact
+            mine.state.p_pos, other.state.p_pos = position.copy(), position.copy()
+            other.state.p_vel = np.zeros(2)
+        for step in range(25):
+            if ours.task.discrete:
+                actions = {agent: int(rng.integers(5)) for agent in ours.agents}
+                theirs_actions = actions
+            else:
+                actions = {agent: rng.uniform(-1, 1, 2).astype(np.float32) for agent in ours.agents}
+                # mpe2's five numbers: nothing, left, right, down, up, each from 0 to 1
+                theirs_actions = {
+                    agent: np.array([0, max(-x, 0), max(x, 0), max(-y, 0), max(y, 0)], dtype=np.float32)
+                    for agent, (x, y) in actions.items()
+                }
+            obs, _, terminated, truncated, _ = ours.step(actions)
+            expected, *_ = theirs.step(theirs_actions)
+            for agent in obs:
+                np.testing.assert_allclose(obs[agent], expected[agent], atol=1e-6)
+                assert obs[agent].dtype == np.float32 and not terminated[agent]
+                assert truncated[agent] == (step == 24)
+            state = np.concatenate(list(obs.values()))
+            np.testing.assert_array_equal(ours.state(), state)
+    theirs.close()
+
+
+def test_sparse_reward_needs_an_agent_of_its_own_for_every_landmark():
+    env = mpe.parallel_env("simple_spread_sparse")
+    env.reset(seed=0)
+    apart = np.array([[0.0, 0.0], [0.5, 0.0], [0.0, 0.5]])
+    cases = [
+        (apart[[2, 0, 1]], apart, 1),  # any order
+        (apart + np.array([0.09, 0]), apart, 1),
+        (apart + np.array([0.11, 0]), apart, 0),
+        (apart, np.array([[0.0, 0.0], [0.05, 0.0], [0.0, 0.5]]), 0),  # agent 0 alone near two landmarks
+    ]
+    for agents, landmarks, team_reward in cases:
+        place(env, agents, landmarks)
+        np.testing.assert_allclose(env.task.rewards(env.world), team_reward / 3)
+
+
+def test_discrete_moves():
+    env = mpe.parallel_env("simple_spread_discrete")
+    for move, direction in enumerate([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]):
+        _, infos = env.reset(seed=3)
+        place(env, [[0, 0], [2, 2], [-2, -2]], np.zeros((3, 2)))
+        obs, _, _, _, next_infos = env.step(dict.fromkeys(env.agents, move))
+        np.testing.assert_allclose(obs["agent_0"][:2], 0.5 * np.array(direction), atol=1e-6)  # force 5 for 0.1
+        for info in (infos, next_infos):
+            assert info["agent_1"]["action_mask"].tolist() == [1] * 5
+
+
+def test_actions_are_clipped_and_checked():
+    env = mpe.parallel_env("simple_spread")
+    velocities = []
+    for size in (1.0, 7.0):
+        env.reset(seed=0)
+        obs, *_ = env.step({agent: np.full(2, size) for agent in env.agents})
+        velocities.append(obs["agent_0"][:2])
+    np.testing.assert_array_equal(*velocities)
+    for bad in (np.zeros(3), np.array([np.nan, 0]), np.zeros((2, 1))):
+        with pytest.raises(ValueError, match=r"agent_1.*two finite numbers"):
+            env.step({"agent_0": np.zeros(2), "agent_1": bad, "agent_2": np.zeros(2)})
+    with pytest.raises(ValueError, match="no action for agent_0"):
+        env.step({})
+    with pytest.raises(ValueError, match="simple_spread, simple_spread_discrete"):
+        mpe.parallel_env("simple_spred")
+
+
+def test_render():
+    env = mpe.parallel_env("simple_spread", render_mode="rgb_array")
+    env.reset(seed=0)
+    place(env, [[1, 1], [-1, -1], [-1, -1]], np.full((3, 2), -1.0))
+    image = env.render()
+    assert image is not None
+    assert image.shape == (400, 400, 3) and image.dtype == np.uint8
+    top_right, top_left = image[67, 333], image[67, 67]  # x = y = 1 is drawn at the top right
+    assert top_right[2] > top_right[0] and (top_left == 255).all()
+
+
+# ---- the collector ----
+
+
+def check_file(data, env_name):
+    """What data/README.md promises of a file."""
+    transitions, num_agents, _ = data["observations"].shape
+    ends = data["terminals"] | data["timeouts"]
+    assert set(np.flatnonzero(ends) % 25) == {24} and ends.sum() * 25 == transitions and not data["terminals"].any()
+    assert data["final_observations"].shape == (ends.sum(), *data["observations"].shape[1:])
+    for key in ("observations", "final_observations", "rewards"):
+        assert data[key].dtype == np.float32 and np.isfinite(data[key]).all()
+    for key in ("rewards", "terminals", "timeouts"):
+        assert data[key].shape == (transitions,)
+    if "individual_rewards" in data:
+        assert data["individual_rewards"].shape == (transitions, num_agents)
+        np.testing.assert_allclose(data["rewards"], data["individual_rewards"].sum(1), rtol=1e-5, atol=1e-4)
+    metadata = json.loads(str(data["metadata"]))
+    assert metadata["schema_version"] == "1" and metadata["env"] == env_name
+    assert metadata["transitions"] == transitions and metadata["episodes"] == ends.sum()
+    per_episode = data["rewards"].reshape(-1, 25).sum(1) / num_agents
+    assert metadata["episode_return_mean"] == pytest.approx(per_episode.mean(), rel=1e-5)
+    # The next observation follows from the physics: position + 0.1 * velocity, in and at the end of an episode.
+    following = collect.next_observations(data)
+    moved = data["observations"][:, :, 2:4] + 0.1 * data["observations"][:, :, 0:2]
+    np.testing.assert_allclose(following[:, :, 2:4], moved, atol=1e-5)
+    return metadata
+
+
+@pytest.mark.parametrize(
+    "env_name, quality",
+    [("mpe/simple_spread", "expert"), ("mpe/simple_spread", "random"), ("mpe/simple_spread_discrete", "random")],
+)
+def test_recording_is_reproducible(tmp_path, env_name, quality):
+    flags = ("--env", env_name, "--quality", quality, "--transitions", 260)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        status, stderr = run_collect(*flags, "--seed", seed, "--output", tmp_path / f"{name}.npz")
+        assert status == 0, stderr
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    first, other = load(tmp_path / "a.npz"), load(tmp_path / "c.npz")
+    assert not np.array_equal(first["observations"], other["observations"])
+    metadata = check_file(first, env_name)
+    assert metadata["transitions"] == 250  # whole episodes only
+    if "discrete" in env_name:
+        assert first["actions"].shape == (250, 3) and first["actions"].dtype == np.int64
+        assert first["action_masks"].shape == (250, 3, 5) and first["action_masks"].dtype == bool
+    else:
+        assert first["actions"].shape == (250, 3, 2) and first["actions"].dtype == np.float32
+        assert np.abs(first["actions"]).max() <= 1
+        assert metadata["paper_expert_return"] == 516.526 and metadata["random_return"] < metadata["expert_return"]
+    if quality == "random":  # other actors in every episode: the spread between episodes' mean actions shows it
+        assert np.unique(first["actions"].reshape(10, -1), axis=0).shape[0] == 10
+
+
+def test_training_and_medium_replay(tmp_path):
+    """A short training (evaluated after a fifth of the interval): it learns, and its episodes are medium-replay."""
+    short = ("--medium-return", "-9999", "--train-episodes", 280, "--eval-interval", 1400, "--eval-episodes", 20)
+    status, stderr = run_collect("--quality", "medium-replay", *short, "--output", tmp_path / "replay.npz")
+    assert status == 0, stderr
+    replay = load(tmp_path / "replay.npz")
+    assert check_file(replay, "mpe/simple_spread")["transitions"] == 280 * 25
+
+    args = collect.Args(train_episodes=280, eval_interval=1400, eval_episodes=20, medium_return=-9999)
+    again = collect.train(args, tmp_path)
+    np.testing.assert_array_equal(again["observations"], replay["observations"])
+    trained, metadata = collect.load_policy(tmp_path / "expert.npz")
+    assert metadata["updates"] == 200
+    collect.train(collect.Args(**{**vars(args), "updates_per_round": 0}), tmp_path / "untrained")
+    untrained, _ = collect.load_policy(tmp_path / "untrained" / "expert.npz")
+    assert all((a != b).any() for a, b in zip(trained.parameters(), untrained.parameters(), strict=True))
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np.lib.format, "write_array", broken)
+    with pytest.raises(KeyboardInterrupt):
+        collect.save(tmp_path / "x.npz", {"a": np.zeros(3)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--env", "mpe/simple_spred"], "simple_spread_discrete"),
+        (["--env", "smac/3m"], "expected mpe/"),
+        (["--quality", "random", "--transitions", "0"], "--transitions 0"),
+        (["--quality", "random", "--transitions", "24"], "less than one episode"),
+        (["--noise", "-1"], "--noise -1"),
+        (["--noise", "nan"], "--noise nan"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--env", "mpe/simple_spread_sparse", "--quality", "expert"], "is missing"),
+        (["--env", "mpe/simple_spread_discrete", "--train"], "discrete"),
+        (["--env", "mpe/simple_spread_sparse", "--train"], "--medium-return"),
+        (["--train", "--batch-size", "0"], "--batch-size 0"),
+        (["--quality", "brilliant"], "brilliant"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(tmp_path, flags, sentence):
+    output = tmp_path / ("policies" if "--train" in flags else "data.npz")
+    status, stderr = run_collect(*flags, "--output", output)
+    assert status == 2 and sentence in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_files_are_kept(tmp_path):
+    path = tmp_path / "data.npz"
+    path.write_text("precious")
+    status, stderr = run_collect("--quality", "random", "--transitions", 25, "--output", path)
+    assert status == 2 and "--overwrite" in stderr and path.read_text() == "precious"
+    status, stderr = run_collect("--quality", "random", "--transitions", 25, "--output", tmp_path / "data.txt")
+    assert status == 2 and ".npz" in stderr
+
+
+def test_the_command_itself(tmp_path):
+    """From another folder and in a process of its own: the same file, and for a mistake one line and no traceback."""
+    flags = ["--quality", "random", "--transitions", "50", "--output"]
+    command = [sys.executable, str(ROOT / "data" / "collect.py"), *flags, "own.npz"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert run_collect(*flags, tmp_path / "here.npz")[0] == 0
+    assert (tmp_path / "own.npz").read_bytes() == (tmp_path / "here.npz").read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1 and "Traceback" not in again.stderr
+
+
+# ---- what is shipped ----
+
+
+def test_shipped_expert_dataset():
+    assert SHIPPED.stat().st_size <= 20_000_000
+    data = load(SHIPPED)
+    metadata = check_file(data, "mpe/simple_spread")
+    assert np.abs(data["actions"]).max() <= 1
+    # Noise costs the recorded policy something; it gains nothing by it.
+    assert 0.8 * metadata["expert_return"] < metadata["episode_return_mean"] < 1.02 * metadata["expert_return"]
+
+
+@pytest.mark.parametrize("quality", ["medium", "expert"])
+def test_shipped_policies_play_as_their_metadata_say(quality):
+    actor, metadata = collect.load_policy(POLICIES / f"{quality}.npz")
+    envs = collect.make_envs("mpe/simple_spread", 40)
+    rng = np.random.default_rng(0)
+    returns = collect.evaluate(envs, lambda: collect.act_with(actor, 0, 0, rng), 40, seed=123)
+    error = returns.std(ddof=1) / 40**0.5
+    assert abs(returns.mean() - metadata[f"{quality}_return"]) < 4 * error
+    assert error < 25  # or the line above would accept anything
