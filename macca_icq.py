@@ -6,7 +6,7 @@
     python macca_icq.py --env mpe/simple_spread --dataset expert
 
 One iteration is one pass of Algorithm 1: draw a minibatch, assign each agent its individual reward (Eq. 6), then take
-one step of the causal model (Eq. 4), of the critics (SARSA-like, Eq. 9) and of the actors (weighted cloning). Agents share no
+one step of the causal model (Eq. 4), of the critics (expectiles, Eq. 9) and of the actors (cloning). Agents share no
 weights; they are computed together, as stacks with the agent's index first: [N, ...].
 """
 
@@ -45,16 +45,16 @@ class Args:
     env: str = "mpe/simple_spread"
     """where to evaluate: `mpe/TASK` (data/mpe.py), or `package.module:factory`, a PettingZoo parallel environment"""
     dataset: str = "expert"
-    """an .npz file, or `random`, `medium-replay`, `medium`, `expert`: `data/datasets/ENV/QUALITY.npz`"""
+    """an .npz file, or `random`, `medium-replay`, `medium`, `expert`: data/datasets/ENV/QUALITY.npz"""
     credit: Literal["macca", "team", "uniform", "truth"] = "macca"
     """an agent's reward: the causal model's share, the team reward, its N-th part, or the one in the dataset"""
-    standardize_rewards: bool = False
+    standardize_rewards: bool = True
     """shift and scale each agent's rewards to mean 0, deviation 1 over the minibatch before the backbone sees them"""
     seed: int = 1
     """seed of weights, minibatches and evaluation episodes"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
-    total_iterations: int = 10_000
+    total_iterations: int = 5_000
     """iterations, each one update of everything; 0 evaluates `--checkpoint` and ends"""
     batch_size: int = 256
     """transitions in a minibatch, each with all agents"""
@@ -81,7 +81,7 @@ class Args:
     resume: str = ""
     """a run folder to go on with, under its own arguments; only --total-iterations may be given anew"""
 
-    # The causal model (used by `--credit macca` only)
+    # The causal model, used by `--credit macca` only
     graph: Literal["dynamic", "fixed", "full"] = "dynamic"
     """masks that depend on state and action (Eq. 3), one learned mask per agent, or no masks"""
     lambda1: float = 7e-3
@@ -108,73 +108,65 @@ class Args:
     """temperature of the actor's weights softmax(advantage / beta): small imitates the best few actions only"""
 
 
-# Tables 9 and 10 of the paper; the quality is the dataset's. anchor 1 is Eq. 5 to the letter.
-PAPER_COMMON = dict(
-    batch_size=1024, learning_rate=3e-4, hidden_dim=64, gamma=0.95, causal_learning_rate=5e-2, h=0.1, anchor=1.0
-)
+# Tables 9 and 10 of the paper, the latter by the dataset's quality. An anchor of 1 is Eq. 5 to the letter.
+PAPER = {"batch_size": 1024, "learning_rate": 3e-4, "causal_learning_rate": 5e-2, "anchor": 1.0, "h": 0.1}
 PAPER_QUALITY = {
-    "expert": dict(lambda1=7e-3, lambda2=7e-3),
-    "medium": dict(lambda1=5e-3, lambda2=5e-3),
-    "medium-replay": dict(lambda1=5e-3, lambda2=7e-3),
-    "random": dict(lambda1=1e-7, lambda2=1e-3),
+    "expert": {"lambda1": 7e-3, "lambda2": 7e-3},
+    "medium": {"lambda1": 5e-3, "lambda2": 5e-3},
+    "medium-replay": {"lambda1": 5e-3, "lambda2": 7e-3},
+    "random": {"lambda1": 1e-7, "lambda2": 1e-3},
 }
 
 
 def fail(message: str) -> NoReturn:
     """A mistake of the user's: one sentence, exit status 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def check_args(args: Args) -> None:
-    """Refuse numbers that cannot be meant."""
-    for name in ["batch_size", "hidden_dim", "eval_interval", "eval_episodes", "final_episodes"]:
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
-    for name in ["seed", "total_iterations", "causal_pretrain_iterations", "lambda1", "lambda2", "anchor"]:
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
-    for name in ["gamma", "h", "target_rate"]:
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number from 0 to 1")
-    for name in ["learning_rate", "causal_learning_rate", "max_grad_norm"]:
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a positive number")
+    """Refuse numbers that cannot be meant, before anything is loaded or written."""
+    for name, value in dataclasses.asdict(args).items():
+        low, high = 0.0, math.inf
+        if name in ("gamma", "h", "tau", "target_rate", "expectile"):
+            high = 1.0
+        elif name in ("learning_rate", "causal_learning_rate", "max_grad_norm", "beta"):
+            low = 1e-9
+        elif name.endswith(("_size", "_dim", "_samples", "_rounds", "_interval", "_episodes")):
+            low = 1
+        if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
+            fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda was given but torch sees no CUDA device; give --no-cuda or install a CUDA build of torch")
     if args.total_iterations == 0 and not args.checkpoint:
         fail("--total-iterations is 0 and there is nothing to evaluate; give --checkpoint PATH")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environment and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Environment and evaluation ---------------------------------------------------------------------------------------
 
 
 def make_env(name: str):
-    """The PettingZoo parallel environment called `family/task` (module `data.family`) or `package.module:factory`."""
+    """The PettingZoo parallel environment called `family/task` (module data.family) or `package.module:factory`."""
     if ":" in name:
-        module_name, _, factory = name.partition(":")
-        arguments = []
+        module, factory, arguments = *name.split(":", 1), []
     elif "/" in name:
-        family, _, task = name.partition("/")
-        module_name, factory, arguments = f"data.{family}", "parallel_env", [task]
+        family, task = name.split("/", 1)
+        module, factory, arguments = f"data.{family}", "parallel_env", [task]
     else:
-        fail(f"--env is '{name}', expected something like mpe/simple_spread or package.module:factory")
+        fail(f"--env is {name}, expected something like mpe/simple_spread or package.module:factory")
     try:
-        env = getattr(importlib.import_module(module_name), factory)(*arguments)
-    except ImportError as error:
-        fail(f"--env {name} needs the module {module_name}, which cannot be imported: {error}")
-    except (AttributeError, ValueError) as error:
-        fail(f"--env {name} cannot be made: {error}")
-    if not hasattr(env, "possible_agents"):
-        fail(f"--env {name} gave a {type(env).__name__}, expected a PettingZoo parallel environment")
-    spaces = {(str(env.observation_space(agent)), str(env.action_space(agent))) for agent in env.possible_agents}
-    if len({(env.observation_space(a).shape, str(env.action_space(a))) for a in env.possible_agents}) > 1:
-        fail(f"--env {name} has agents with different spaces, expected the same shape for all: {sorted(spaces)}")
+        env = getattr(importlib.import_module(module), factory)(*arguments)
+        spaces = {(env.observation_space(a).shape, str(env.action_space(a))) for a in env.possible_agents}
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        fail(f"--env {name} is not a PettingZoo parallel environment that can be made here: {error}")
     space = env.action_space(env.possible_agents[0])
-    if isinstance(space, gymnasium.spaces.Box) and not (np.all(space.low == -1) and np.all(space.high == 1)):
-        fail(f"--env {name} has actions in {space}, expected a Box from -1 to 1; wrap it to rescale them")
+    if len(spaces) > 1:
+        fail(f"--env {name} has agents with different spaces, expected the same shape for all: {sorted(spaces)}")
+    if isinstance(space, gymnasium.spaces.Box):
+        if not (np.all(space.low == -1) and np.all(space.high == 1)):
+            fail(f"--env {name} has actions in {space}, expected a Box from -1 to 1; wrap it to rescale them")
+    elif not isinstance(space, gymnasium.spaces.Discrete):
+        fail(f"--env {name} has actions in {space}, expected a Box from -1 to 1 or a Discrete space")
     return env
 
 
@@ -185,33 +177,34 @@ def evaluate(env, actor: "Actor", episodes: int, seed: int, device: torch.device
     Returns arrays over episodes: `return`, the mean over agents of the summed individual rewards, and `won` where the
     environment reports it.
     """
-    agents = env.possible_agents
-    blank = np.zeros(env.observation_space(agents[0]).shape, np.float32)
-    results: dict[str, list[float]] = {"return": []}
+    agents, results = env.possible_agents, {"return": []}
+    blank = np.zeros(env.observation_space(agents[0]).shape, np.float32)  # what an agent that has left would see
+    anything = np.ones(actor.action_dim, bool)
     for episode in range(episodes):
         observations, infos = env.reset(seed=seed + episode)
-        total = 0.0
+        total, won = 0.0, None
         while env.agents:
-            joint = torch.as_tensor(np.stack([observations.get(a, blank) for a in agents]), device=device)[:, None]
-            masks = None
-            if actor.discrete:
-                everything = np.ones(actor.action_dim, bool)
-                masks = np.stack([np.asarray(infos.get(a, {}).get("action_mask", everything), bool) for a in agents])
-                masks = torch.as_tensor(masks, device=device)[:, None]
-            chosen = actor.act(joint.float(), masks)[:, 0].cpu().numpy()  # [N, A] or [N]
-            actions = {a: chosen[i] for i, a in enumerate(agents) if a in env.agents}
-            observations, rewards, _, _, infos = env.step(actions)
+            joint = np.stack([observations.get(a, blank) for a in agents])[:, None].astype(np.float32)  # [N, 1, O]
+            masks = np.stack([infos.get(a, {}).get("action_mask", anything) for a in agents])[:, None].astype(bool)
+            chosen = actor.act(torch.as_tensor(joint, device=device), torch.as_tensor(masks, device=device))
+            actions = dict(zip(agents, chosen[:, 0].cpu().numpy(), strict=True))
+            observations, rewards, _, _, infos = env.step({a: actions[a] for a in env.agents})
             total += sum(rewards.values()) / len(agents)
+            won = next((info["won"] for info in infos.values() if "won" in info), won)
         results["return"].append(total)
-        won = [info["won"] for info in infos.values() if "won" in info]
-        if won:
-            results.setdefault("won", []).append(float(any(won)))
+        if won is not None:
+            results.setdefault("won", []).append(float(won))
     return {name: np.array(values) for name, values in results.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Dataset ----------------------------------------------------------------------------------------------------------
+
+
+def dataset_path(args: Args) -> Path:
+    """The file that --dataset names."""
+    if args.dataset not in PAPER_QUALITY:
+        return Path(args.dataset)
+    return Path(__file__).resolve().parent / "data" / "datasets" / args.env / f"{args.dataset}.npz"
 
 
 def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], dict]:
@@ -222,66 +215,61 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         metadata = json.loads(str(arrays.pop("metadata", "{}")))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        fail(f"{path} cannot be read as a dataset ({error}); is it a complete .npz file without pickled objects?")
-    missing = [name for name in ["observations", "actions", "rewards", "terminals", "timeouts"] if name not in arrays]
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"{path} cannot be read ({error}); expected a complete .npz file without pickled objects")
+    missing = [name for name in ("observations", "actions", "rewards", "terminals", "timeouts") if name not in arrays]
     if missing:
-        fail(f"{path} lacks the arrays {', '.join(missing)}; data/README.md lists what a dataset holds")
+        fail(f"{path} lacks {', '.join(missing)}; data/README.md lists what a dataset holds")
     if metadata.get("env", args.env) != args.env:
-        fail(
-            f"{path} was recorded in {metadata['env']}, but --env is {args.env}; give the one that belongs to the other"
-        )
+        fail(f"{path} was recorded in {metadata['env']}, but --env is {args.env}; give the two that belong together")
+    if "truth" in (args.credit, args.causal_target) and "individual_rewards" not in arrays:
+        fail(f"{path} records no individual_rewards, which --credit truth and --causal-target truth need")
 
     space = env.action_space(env.possible_agents[0])
     discrete = isinstance(space, gymnasium.spaces.Discrete)
-    agents, action_dim = len(env.possible_agents), int(space.n) if discrete else space.shape[0]
-    steps = len(arrays["rewards"])
-    observed = (agents, *env.observation_space(env.possible_agents[0]).shape)
-    ends = (
-        arrays["terminals"] | arrays["timeouts"]
-        if arrays["terminals"].dtype == bool == arrays["timeouts"].dtype
-        else None
-    )
-    if ends is None or ends.shape != (steps,) or not steps:
-        fail(f"{path} needs terminals and timeouts of kind bool, one for each of at least one reward")
+    steps, agents, choices = len(arrays["rewards"]), len(env.possible_agents), int(space.n) if discrete else 0
+    seen = ("f", (steps, agents, *env.observation_space(env.possible_agents[0]).shape))
+    mask = ("b", (steps, agents, choices))
     expected = {
-        "observations": (steps, *observed),
-        "next_observations": (steps, *observed),
-        "final_observations": (int(ends.sum()), *observed),
-        "actions": (steps, agents) if discrete else (steps, agents, action_dim),
-        "rewards": (steps,),
-        "individual_rewards": (steps, agents),
-        "action_masks": (steps, agents, action_dim),
-        "next_action_masks": (steps, agents, action_dim),
+        "observations": seen,
+        "next_observations": seen,
+        "actions": ("iu", (steps, agents)) if discrete else ("f", (steps, agents, *space.shape)),
+        "rewards": ("f", (steps,)),
+        "individual_rewards": ("f", (steps, agents)),
+        "terminals": ("b", (steps,)),
+        "timeouts": ("b", (steps,)),
+        "action_masks": mask,
+        "next_action_masks": mask,
+        "states": ("f", (steps, *arrays.get("states", np.empty((0, 0))).shape[1:])),
     }
-    for name, array in arrays.items():
-        kinds = {"actions": "iu" if discrete else "f", "action_masks": "b", "next_action_masks": "b"}.get(name, "f")
-        if name in expected and (array.shape != expected[name] or array.dtype.kind not in kinds):
-            fail(f"{path}: {name} is {array.dtype} {array.shape}, but --env {args.env} has {kinds} {expected[name]}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+    for name in expected.keys() & arrays.keys():
+        kinds, shape = expected[name]
+        if arrays[name].shape != shape or arrays[name].dtype.kind not in kinds or not steps:
+            found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
+            fail(f"{path}: {name} is {found}, expected kind {kinds} {list(shape)} for --env {args.env}")
+        if "f" in kinds and not np.isfinite(arrays[name]).all():
             fail(f"{path}: {name} holds NaN or infinity; every number must be finite")
-    low, high = (0, action_dim - 1) if discrete else (-1, 1)
+    low, high = (0, choices - 1) if discrete else (-1, 1)
     if arrays["actions"].min() < low or arrays["actions"].max() > high:
-        fail(
-            f"{path}: actions run from {arrays['actions'].min()} to {arrays['actions'].max()}, expected {low} to {high}"
-        )
-    if "individual_rewards" not in arrays and "truth" in (args.credit, args.causal_target):
-        fail(f"{path} has no individual_rewards, which --credit truth and --causal-target truth need")
+        fail(f"{path}: actions from {arrays['actions'].min()} to {arrays['actions'].max()}, expected {low} to {high}")
 
+    # Inside an episode the next observation is the next row's, so a file may store only those after the last steps.
+    ends = arrays["terminals"] | arrays["timeouts"]
     if "next_observations" not in arrays:
-        if "final_observations" not in arrays or not ends[-1]:
-            fail(f"{path} needs next_observations, or final_observations and a last row that ends its episode")
+        final = arrays.pop("final_observations", np.empty(0))
+        if final.shape != (ends.sum(), *seen[1][1:]) or not ends[-1]:
+            fail(f"{path} needs next_observations, or one row of final_observations for each terminal or timeout")
         arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
-        arrays["next_observations"][ends] = arrays.pop("final_observations")
+        arrays["next_observations"][ends] = final
     if discrete:
         arrays["actions"] = arrays["actions"].astype(np.int64)
-        everything = np.ones((steps, agents, action_dim), bool)
-        arrays["action_masks"] = arrays.get("action_masks", everything)
-        arrays["next_action_masks"] = arrays.get("next_action_masks", np.roll(arrays["action_masks"], -1, axis=0))
-    # SARSA's next action is the next row's; the last row of an episode has none.
+        arrays.setdefault("action_masks", np.ones((steps, agents, choices), bool))
+        arrays.setdefault("next_action_masks", np.roll(arrays["action_masks"], -1, axis=0))
+    # The next action is the next row's; the last row of an episode, or of the file, has none.
     arrays["next_actions"], arrays["has_next_action"] = np.roll(arrays["actions"], -1, axis=0), ~ends
     arrays["has_next_action"][-1] = False
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, metadata
+    expected |= {"next_actions": expected["actions"], "has_next_action": expected["terminals"]}
+    return {name: torch.from_numpy(arrays[name]) for name in expected if name in arrays}, metadata
 
 
 def sample(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, torch.Tensor]:
@@ -297,22 +285,17 @@ def causal_inputs(batch: dict[str, torch.Tensor], action_dim: int) -> tuple[torc
     return state, actions if actions.is_floating_point() else F.one_hot(actions, action_dim).float()
 
 
-def assign_credit(
-    batch: dict[str, torch.Tensor], args: Args, causal_model: CausalModel, action_dim: int
-) -> torch.Tensor:
+def assign_credit(batch: dict, args: Args, causal_model: CausalModel, action_dim: int) -> torch.Tensor:
     """What each agent is said to have earned, [B, N]: Eq. 6, or one of its three controls."""
-    agents = causal_model.num_agents
     if args.credit == "macca":
         return causal_model.assign(*causal_inputs(batch, action_dim))
     if args.credit == "truth":
         return batch["individual_rewards"]
-    team = batch["rewards"][:, None].expand(-1, agents)
-    return team if args.credit == "team" else team / agents
+    team = batch["rewards"][:, None].expand(-1, causal_model.num_agents)
+    return team if args.credit == "team" else team / causal_model.num_agents
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks: one actor and two critics for every agent, as stacks of weights
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Networks: one actor and two critics for every agent, as stacks of weights ----------------------------------------
 
 
 class StackedLinear(nn.Module):
@@ -421,9 +404,7 @@ def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ALGORITHM LOGIC: ICQ. Outside this section the three scripts differ in their defaults only.
-# ---------------------------------------------------------------------------------------------------------------------
+# === ALGORITHM LOGIC: ICQ. Outside this section the three scripts differ by names and arguments only. ================
 
 
 def q_taken(critic: Critic, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -442,7 +423,7 @@ def critic_loss(batch: dict, rewards: torch.Tensor, nets: Networks, args: Args) 
     next_observations, next_actions = batch["next_observations"].transpose(0, 1), batch["next_actions"].transpose(0, 1)
     with torch.no_grad():
         next_q = q_taken(nets.critic_target, next_observations, next_actions).min(0).values  # [N, B]
-    # After a terminal no next action is needed; after a time limit one is, and none was recorded: such rows are left out.
+    # After a terminal no next action is needed; after a time limit one is, and none was recorded: leave those rows out.
     known = (batch["terminals"] | batch["has_next_action"]).float()  # [B]
     y = rewards.T + args.gamma * (1 - batch["terminals"].float()) * next_q  # [N, B]
     q = q_taken(nets.critic, observations, actions)
@@ -475,9 +456,7 @@ def actor_loss(batch: dict, rewards: torch.Tensor, nets: Networks, args: Args) -
     return loss, {"actor_loss": loss.detach(), "q_policy": q_policy.mean(), "data_distance": data_distance}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# End of the algorithm
-# ---------------------------------------------------------------------------------------------------------------------
+# === End of the algorithm =============================================================================================
 
 
 def update(
@@ -507,9 +486,10 @@ def update(
     return losses
 
 
-def measure(
-    env, nets: Networks, causal_model: CausalModel, probe: dict, metadata: dict, args: Args, episodes: int
-) -> dict[str, float]:
+# --- A run ------------------------------------------------------------------------------------------------------------
+
+
+def measure(env, nets: Networks, causal_model: CausalModel, probe: dict, metadata: dict, args: Args, episodes: int):
     """Play `episodes`, normalise the return by the dataset's references, hold the credit against a recorded truth."""
     results = evaluate(env, nets.actor, episodes, 1000 * args.seed, probe["rewards"].device)
     row = {"return": results["return"].mean(), "return_std": results["return"].std()}
@@ -521,88 +501,87 @@ def measure(
         row["won"] = results["won"].mean()
     if args.credit == "macca":
         inputs = causal_inputs(probe, nets.actor.action_dim)
-        assigned = causal_model.assign(*inputs)
-        state_masks, action_masks = causal_model.masks(*inputs)
-        row["state_density"], row["action_density"] = state_masks.mean(), action_masks.mean()
+        assigned = causal_model.assign(*inputs)  # [B, N]
+        row["state_density"], row["action_density"] = (masks.mean() for masks in causal_model.masks(*inputs))
         row["team_nmse"] = (assigned.sum(1) - probe["rewards"]).square().mean() / probe["rewards"].var()
         if "individual_rewards" in probe:
             error = assigned - probe["individual_rewards"]
             uniform_error = probe["rewards"][:, None] / causal_model.num_agents - probe["individual_rewards"]
             row["credit_mse"], row["credit_mae"] = error.square().mean(), error.abs().mean()
-            # Undefined where all agents earn the same: there the uniform split is exact.
+            # Where all agents earn the same, the uniform split is exact and skill against it is not defined (nan).
             row["credit_skill"] = 1 - row["credit_mse"] / uniform_error.square().mean()
     return {name: float(value) for name, value in row.items()}
 
 
+def provenance(path: Path) -> dict:
+    """What a run depends on besides its arguments."""
+    try:
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"command": sys.argv, "commit": commit, "versions": versions, "dataset_sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def save(path: Path, content: dict) -> None:
-    """Write a checkpoint under another name first, so that a crash leaves the old one whole."""
+    """Write under another name first, so that a crash leaves the old checkpoint whole."""
     torch.save(content, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def load(path: Path, expected: dict) -> dict:
-    """Read a checkpoint and refuse one that belongs to something else."""
+def load(path: Path, identity: dict) -> dict:
+    """Read a checkpoint and refuse one that belongs to another script, dataset or size of network."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here
-        fail(
-            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}); expected checkpoint.pt or policy.pt"
-        )
-    for name, value in expected.items():
-        if not isinstance(content, dict) or content.get(name) != value:
-            found = content.get(name) if isinstance(content, dict) else type(content).__name__
-            fail(f"{path} was made with {name} {found}, but this run has {name} {value}")
+        fail(f"{path} cannot be read ({str(error).splitlines()[0]}); expected a checkpoint.pt or policy.pt")
+    for name, value in identity.items():
+        found = content.get(name) if isinstance(content, dict) else type(content).__name__
+        if found != value:
+            fail(f"{path} was made with {name} {found}, but this run has {value}; give the one that belongs to it")
     return content
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    resumed = Path(args.resume) if args.resume else None
-    if resumed:
+    run = Path(args.resume)
+    if args.resume:
         try:
-            stored = json.loads((resumed / "config.json").read_text())["args"]
-            defaults = Args(**stored)
+            stored = json.loads((run / "config.json").read_text())["args"]
+            args = tyro.cli(Args, default=Args(**{**stored, "cuda": args.cuda}))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"--resume {resumed} is not a run folder of this script ({error}); expected one with a config.json")
-        args = tyro.cli(Args, default=dataclasses.replace(defaults, cuda=args.cuda))
-        args.resume = ""
-        changed = [
-            k for k, v in dataclasses.asdict(args).items() if v != stored[k] and k not in ("total_iterations", "cuda")
-        ]
-        if changed:
-            fail(f"--resume goes on with the run's own arguments, but {changed[0]} was changed")
-
+            fail(f"--resume {run} is not a run folder of this script ({error}); expected one with a config.json")
+        changed = [name for name, value in dataclasses.asdict(args).items() if value != stored[name]]
+        if set(changed) - {"resume", "cuda", "total_iterations"}:
+            fail(f"--resume goes on with the run's own arguments, but {changed[0]} is not the run's; leave it out")
     env = make_env(args.env)
-    path = Path(args.dataset)
-    if args.dataset in PAPER_QUALITY:
-        path = Path(__file__).resolve().parent / "data" / "datasets" / args.env / f"{args.dataset}.npz"
+    path = dataset_path(args)
     data, metadata = load_dataset(path, args, env)
-    if args.preset == "paper" and not resumed:
+    if args.preset == "paper" and not args.resume:
         quality = metadata.get("quality")
         if quality not in PAPER_QUALITY:
-            print(f"{path} records no quality of the paper's, so --preset paper takes the expert row")
-        args = tyro.cli(Args, default=Args(**PAPER_COMMON, **PAPER_QUALITY.get(quality, PAPER_QUALITY["expert"])))
+            print(f"{path} names no quality of the paper's, so --preset paper takes its row for expert data")
+        args = tyro.cli(Args, default=Args(**PAPER, **PAPER_QUALITY.get(quality, PAPER_QUALITY["expert"])))
     check_args(args)
-
-    script, here = Path(__file__).name, Path(__file__).resolve().parent
-    identity = {
-        "script": script,
-        "env": args.env,
-        "hidden_dim": args.hidden_dim,
-        "dataset_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
+    script, source = Path(__file__).name, provenance(path)
+    identity = {"script": script, "dataset_sha256": source["dataset_sha256"], "hidden_dim": args.hidden_dim}
 
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     data = {name: tensor.to(device) for name, tensor in data.items()}
-    observations = data["observations"]
+    observations, space = data["observations"], env.action_space(env.possible_agents[0])
     num_agents, observation_dim = observations.shape[1:]
-    space = env.action_space(env.possible_agents[0])
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     action_dim = int(space.n) if discrete else space.shape[0]
     nets = Networks(num_agents, observation_dim, action_dim, args.hidden_dim, discrete).to(device)
     nets.fit_statistics(observations)
-    # The joint state is the observations side by side, unless the dataset brings one of its own, owned by nobody.
+    # The joint state is the observations side by side, unless the dataset brings one of its own, which nobody owns.
     states = data["states"] if "states" in data else observations.flatten(1)
     owner = None if "states" in data else [agent for agent in range(num_agents) for _ in range(observation_dim)]
     causal_model = CausalModel(
@@ -615,12 +594,12 @@ if __name__ == "__main__":
         "actor": torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True),
     }
     probe = sample(data, 10_000)  # the same transitions at every evaluation, to measure the credit on
-    pretrain = args.causal_pretrain_iterations if args.credit == "macca" and args.causal_schedule == "first" else 0
+    pretrain = args.causal_pretrain_iterations if (args.credit, args.causal_schedule) == ("macca", "first") else 0
     iteration, last, rows, seconds = 0, pretrain + args.total_iterations, [], 0.0
 
-    if args.checkpoint or resumed:
-        source = resumed / "checkpoint.pt" if resumed else Path(args.checkpoint)
-        stored = load(source, identity)
+    if args.checkpoint or args.resume:
+        path = run / "checkpoint.pt" if args.resume else Path(args.checkpoint)
+        stored = load(path, identity)
         if "networks" in stored:
             nets.load_state_dict(stored["networks"])
             causal_model.load_state_dict(stored["causal_model"])
@@ -629,32 +608,38 @@ if __name__ == "__main__":
         elif args.total_iterations == 0:
             nets.actor.load_state_dict(stored["actor"])
         else:
-            fail(
-                f"{source} holds actors alone, which can be evaluated with --total-iterations 0; train on checkpoint.pt"
-            )
-        if resumed:
+            fail(f"{path} holds actors alone, which --total-iterations 0 evaluates; to train on give a checkpoint.pt")
+        if args.resume:
             iteration, rows, seconds = stored["iteration"], stored["rows"], stored["seconds"]
             torch.set_rng_state(stored["rng"])
-            if args.cuda:
-                torch.cuda.set_rng_state(stored["cuda_rng"].cpu())
-
+            if args.cuda and stored["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(stored["cuda_rng"])
     if args.total_iterations == 0:
         for name, value in measure(env, nets, causal_model, probe, metadata, args, args.final_episodes).items():
             print(f"{name} {value:.4g}")
         raise SystemExit
 
-    stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
-    task = args.env.replace("/", "-").replace(":", "-")
-    run = resumed or Path("runs") / f"{task}__{Path(script).stem}__{args.credit}__{args.seed}__{stamp}"
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    config = {"args": dataclasses.asdict(args), "versions": versions, "commit": commit, "command": sys.argv, **identity}
-    (run / "config.json").write_text(json.dumps(config, indent=2))
-    writer = SummaryWriter(str(run), purge_step=iteration if resumed else None)
+    if not args.resume:
+        task = args.env.replace("/", "-").replace(":", "-")
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        run = Path("runs") / f"{task}__{Path(script).stem}__{args.credit}__{args.seed}__{stamp}"
+        run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args), **source}, indent=2))
+    writer = SummaryWriter(str(run), purge_step=iteration + 1 if args.resume else None)
+    started = time.monotonic() - seconds
+
+    def record(episodes: int) -> None:
+        """Evaluate, write the row to metrics.csv and TensorBoard, and print it."""
+        row = measure(env, nets, causal_model, probe, metadata, args, episodes)
+        rows.append({"iteration": iteration, "episodes": episodes, "seconds": time.monotonic() - started, **row})
+        with open(run / "metrics.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, rows[0].keys())
+            table.writeheader()
+            table.writerows(rows)
+        for name, value in row.items():
+            writer.add_scalar(f"eval/{name}", value, iteration)
+        shown = [name for name in ("return", "score", "score_paper", "won", "credit_skill") if name in row]
+        progress.write(f"iteration {iteration}: " + ", ".join(f"{name} {row[name]:.3g}" for name in shown))
 
     def checkpoint() -> None:
         content = {
@@ -664,57 +649,40 @@ if __name__ == "__main__":
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "iteration": iteration,
             "rows": rows,
-            "seconds": seconds + time.monotonic() - started,
+            "seconds": time.monotonic() - started,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
         }
         save(run / "checkpoint.pt", content)
         save(run / "policy.pt", {**identity, "actor": nets.actor.state_dict()})
 
-    def record(episodes: int) -> str:
-        """Evaluate, append the row to metrics.csv and TensorBoard, and return it as a line to read."""
-        row = measure(env, nets, causal_model, probe, metadata, args, episodes)
-        rows.append(
-            {"iteration": iteration, "episodes": episodes, "seconds": seconds + time.monotonic() - started, **row}
-        )
-        with open(run / "metrics.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, rows[0].keys())
-            table.writeheader()
-            table.writerows(rows)
-        for name, value in row.items():
-            writer.add_scalar(f"eval/{name}", value, iteration)
-        shown = [name for name in ("return", "score", "score_paper", "won", "credit_skill") if name in row]
-        return f"iteration {iteration}: " + ", ".join(f"{name} {row[name]:.3g}" for name in shown)
-
     # The first Ctrl-C ends the run after the iteration in progress, with a checkpoint; the second ends it at once.
-    stop: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-
-    started = time.monotonic()
-    progress = tqdm(total=last, initial=iteration, unit="it", dynamic_ncols=True)
-    while iteration < last and not stop:
-        learn_policy, learn_causal = iteration >= pretrain, args.credit == "macca" and not (0 < pretrain <= iteration)
-        losses = update(sample(data, args.batch_size), nets, causal_model, optimizers, args, learn_policy, learn_causal)
+        signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    progress = tqdm(total=last, initial=iteration, unit="it", mininterval=1, dynamic_ncols=True)
+    while iteration < last and not signals:
+        policy, causal = iteration >= pretrain, args.credit == "macca" and not 0 < pretrain <= iteration
+        losses = update(sample(data, args.batch_size), nets, causal_model, optimizers, args, policy, causal)
         iteration += 1
         progress.update()
         evaluates = iteration % args.eval_interval == 0 and iteration < last
         if iteration % 100 == 0 or evaluates or iteration == last:
             for name, value in losses.items():
                 if not torch.isfinite(value):
-                    kept = f"the last good checkpoint is in {run}" if rows else "no checkpoint was written"
+                    kept = f"the last good checkpoint is in {run}" if rows else "there was no checkpoint yet"
                     fail(f"{name} is {value.item()} at iteration {iteration}; {kept}; try a smaller --learning-rate")
                 writer.add_scalar(f"losses/{name}", value.item(), iteration)
             writer.add_scalar("charts/iterations_per_second", progress.format_dict["rate"] or 0, iteration)
         if evaluates:
-            progress.write(record(args.eval_episodes))
+            record(args.eval_episodes)
             checkpoint()
-    progress.close()
     checkpoint()
-    if stop:
-        writer.close()
-        print(f"stopped at iteration {iteration}; go on with: python {script} --resume {run}")
-        raise SystemExit(128 + stop[0])
-    print(f"the last policy over {args.final_episodes} episodes, {record(args.final_episodes)}")
+    if iteration == last:
+        record(args.final_episodes)
+    progress.close()
     writer.close()
-    print(f"run folder: {run}")
+    if iteration < last:
+        print(f"stopped at iteration {iteration}; to go on: python {script} --resume {run}")
+        raise SystemExit(128 + signals[0])
+    print(f"the line above is the last policy's, over {args.final_episodes} episodes; run folder: {run}")

@@ -1,0 +1,170 @@
+"""Run a table: many trainings side by side, one CSV row each, and what they say together.
+
+    python paper/runs.py cn-expert            # run what is missing of paper/results/cn-expert.csv, then print the table
+    python paper/runs.py cn-expert --show     # print the table only
+
+A run is a script with its arguments and a seed. Rows that exist are skipped, so a table can be stopped and continued.
+Runs are single-threaded: several of them side by side use the cores better than one run with several threads.
+"""
+
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "paper" / "results"
+
+# name -> (seeds, {row label: command without the seed}). The first row of a table is what the others are compared with.
+TABLES: dict[str, tuple[list[int], dict[str, str]]] = {}
+
+# Which settings let each backbone learn from the true individual rewards? Everything that was tried is in these tables.
+TUNING = {
+    "bc": "paper/bc.py",
+    "omar alpha 1 tau 0.9": "macca_omar.py --credit truth --alpha 1 --tau 0.9",
+    "omar alpha 1 tau 0.5": "macca_omar.py --credit truth --alpha 1 --tau 0.5",
+    "omar alpha 5 tau 0.9": "macca_omar.py --credit truth --alpha 5 --tau 0.9",
+    "omar alpha 0.2 tau 0.9": "macca_omar.py --credit truth --alpha 0.2 --tau 0.9",
+    "cql alpha 1": "macca_cql.py --credit truth --alpha 1",
+    "cql alpha 5": "macca_cql.py --credit truth --alpha 5",
+    "cql alpha 0.2": "macca_cql.py --credit truth --alpha 0.2",
+    "icq expectile 0.7 beta 1": "macca_icq.py --credit truth --expectile 0.7 --beta 1",
+    "icq expectile 0.7 beta 0.3": "macca_icq.py --credit truth --expectile 0.7 --beta 0.3",
+    "icq expectile 0.9 beta 0.3": "macca_icq.py --credit truth --expectile 0.9 --beta 0.3",
+    "icq expectile 0.9 beta 0.1": "macca_icq.py --credit truth --expectile 0.9 --beta 0.1",
+}
+for quality in ("medium-replay", "medium"):
+    commands = {label: f"{run} --dataset {quality} --total-iterations 3000" for label, run in TUNING.items()}
+    TABLES[f"cn-tuning-{quality}"] = ([1], commands)
+
+
+@dataclass
+class Args:
+    table: Annotated[str, tyro.conf.Positional]
+    """one of the tables named in this file"""
+    jobs: int = os.cpu_count() or 1
+    """runs side by side"""
+    show: bool = False
+    """print what is there and run nothing"""
+
+
+def run(command: str) -> dict[str, str]:
+    """Run one script in a folder of its own and return its row: scores of the last and the best policy, provenance."""
+    with tempfile.TemporaryDirectory() as folder:
+        script, *arguments = command.split()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command} ended with status {done.returncode}: {done.stderr[-500:]}")
+        run_folder = next((Path(folder) / "runs").iterdir())
+        config = json.loads((run_folder / "config.json").read_text())
+        with open(run_folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+    last = rows[-1]
+    best = max(rows[:-1] or rows, key=lambda row: float(row["return"]))
+    kept = ["return", "score", "score_paper", "won", "credit_mse", "credit_mae", "credit_skill", "team_nmse"]
+    return {
+        "command": f"python {command}",
+        "iterations": last["iteration"],
+        **{name: last.get(name, "") for name in kept},
+        "best_score": best.get("score", ""),
+        "best_return": best["return"],
+        "wall_seconds": f"{time.monotonic() - started:.0f}",
+        "versions": " ".join(f"{name} {version}" for name, version in config["versions"].items()),
+        "commit": config["commit"],
+        "dataset_sha256": config.get("dataset_sha256", "")[:16],
+    }
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a result file, or none."""
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def t_interval(values: list[float]) -> float:
+    """Half the width of Student's 95 % interval of the mean of 2 to 10 values."""
+    t = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+    return t[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def show(name: str) -> None:
+    """Print a table as Markdown: mean and standard deviation over seeds, and the paired difference to the first row."""
+    rows = read(RESULTS / f"{name}.csv")
+    labels = [label for label in TABLES[name][1] if any(row["label"] == label for row in rows)]
+    column = "won" if any(row["won"] for row in rows) else "score" if any(row["score"] for row in rows) else "return"
+    by_label = {label: {r["seed"]: r for r in rows if r["label"] == label} for label in labels}
+    print(
+        f"| | seeds | iterations | last policy | best evaluation | minus {labels[0]} (95 % interval) | credit skill |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for label, runs in by_label.items():
+        last = [float(row[column]) for row in runs.values()]
+        best = [float(row[f"best_{column}"]) for row in runs.values()]
+        pairs = [
+            float(runs[s][column]) - float(by_label[labels[0]][s][column]) for s in runs if s in by_label[labels[0]]
+        ]
+        skill = [float(row["credit_skill"]) for row in runs.values() if row["credit_skill"]]
+        spread = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v) if len(v) > 1 else 0:.1f}" for v in (last, best)]
+        difference = f"{statistics.mean(pairs):+.1f} ± {t_interval(pairs):.1f}" if len(pairs) > 1 else ""
+        iterations = "/".join(sorted({row["iterations"] for row in runs.values()}))
+        mean_skill = f"{statistics.mean(skill):.2f}" if skill else ""
+        print(f"| {label} | {len(runs)} | {iterations} | {spread[0]} | {spread[1]} | {difference} | {mean_skill} |")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.table not in TABLES:
+        print(f"runs.py: there is no table {args.table}; choose one of {', '.join(TABLES)}", file=sys.stderr)
+        raise SystemExit(2)
+    if not args.show:
+        path = RESULTS / f"{args.table}.csv"
+        path.parent.mkdir(exist_ok=True)
+        seeds, commands = TABLES[args.table]
+        there = {row["command"] for row in read(path)}
+        todo = [
+            (label, seed, f"{command} --seed {seed}")
+            for seed in seeds
+            for label, command in commands.items()
+            if f"python {command} --seed {seed}" not in there
+        ]
+        lock = threading.Lock()
+        with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run", smoothing=0) as progress:
+            futures = {pool.submit(run, command): (label, seed) for label, seed, command in todo}
+            try:
+                for future in as_completed(futures):
+                    label, seed = futures[future]
+                    row = {"label": label, "seed": str(seed), **future.result()}
+                    with lock, open(path, "a", newline="") as file:
+                        table = csv.DictWriter(file, row.keys(), lineterminator="\n")
+                        if file.tell() == 0:
+                            table.writeheader()
+                        table.writerow(row)
+                    progress.update()
+            except (KeyboardInterrupt, RuntimeError) as error:
+                pool.shutdown(cancel_futures=True, wait=False)
+                print(f"runs.py: stopped ({error}); the rows so far are in {path}", file=sys.stderr)
+                raise SystemExit(2) from None
+    show(args.table)
