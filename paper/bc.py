@@ -63,7 +63,8 @@ if __name__ == "__main__":
     shared = base.Args(**{**dataclasses.asdict(args), "credit": "uniform"})  # cloning assigns no credit
     base.check_args(shared)
     env = base.make_env(args.env)
-    data, metadata = base.load_dataset(base.dataset_path(shared), shared, env)
+    path = base.dataset_path(shared)
+    data, metadata = base.load_dataset(path, shared, env)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     data = {name: tensor.to(device) for name, tensor in data.items()}
@@ -78,7 +79,7 @@ if __name__ == "__main__":
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run = Path("runs") / f"{args.env.replace('/', '-')}__bc__none__{args.seed}__{stamp}"
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args), **base.provenance()}, indent=2))
+    (run / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args), **base.provenance(path)}, indent=2))
     rows, started = [], time.monotonic()
     for iteration in tqdm(range(1, args.total_iterations + 1), unit="it", mininterval=1):
         loss = cloning_loss(nets.actor, base.sample(data, args.batch_size))
