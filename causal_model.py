@@ -46,6 +46,13 @@ class CausalModel(nn.Module):
         hidden_dim: width of the three hidden layers of the reward predictor (Appendix F.2).
     """
 
+    edge_price: torch.Tensor
+    agent_id: torch.Tensor
+    state_mean: torch.Tensor
+    state_std: torch.Tensor
+    reward_mean: torch.Tensor
+    reward_std: torch.Tensor
+
     def __init__(
         self,
         num_agents: int,
@@ -84,11 +91,10 @@ class CausalModel(nn.Module):
         # psi_g. A free network for the gates collapses, so an edge's logit is a number of its own plus, for the
         # dynamic graph, a bounded part that depends on (s, a, i), starts at zero and learns slowly.
         self.edge_logits = nn.Parameter(torch.full((num_agents, num_parents), 2.0))
-        self.edge_network = nn.Sequential(
-            nn.Linear(num_parents, 64), nn.ReLU(), nn.Linear(64, num_agents * num_parents), nn.Tanh()
-        )
-        nn.init.zeros_(self.edge_network[2].weight)
-        nn.init.zeros_(self.edge_network[2].bias)
+        last = nn.Linear(64, num_agents * num_parents)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.edge_network = nn.Sequential(nn.Linear(num_parents, 64), nn.ReLU(), last, nn.Tanh())
 
         # psi_r: one network for all agents, told by a one-hot identity whose reward is asked for.
         self.reward_network = nn.Sequential(

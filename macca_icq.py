@@ -26,7 +26,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import gymnasium
 import numpy as np
@@ -109,8 +109,9 @@ class Args:
 
 
 # Tables 9 and 10 of the paper, the latter by the dataset's quality. An anchor of 1 is Eq. 5 to the letter.
-PAPER = {"batch_size": 1024, "learning_rate": 3e-4, "causal_learning_rate": 5e-2, "anchor": 1.0, "h": 0.1}
-PAPER_QUALITY = {
+PAPER: dict[str, Any] = {"batch_size": 1024, "learning_rate": 3e-4, "causal_learning_rate": 5e-2, "anchor": 1.0}
+PAPER |= {"h": 0.1, "gamma": 0.95, "hidden_dim": 64, "standardize_rewards": False}
+PAPER_QUALITY: dict[str, dict[str, Any]] = {
     "expert": {"lambda1": 7e-3, "lambda2": 7e-3},
     "medium": {"lambda1": 5e-3, "lambda2": 5e-3},
     "medium-replay": {"lambda1": 5e-3, "lambda2": 7e-3},
@@ -127,15 +128,11 @@ def fail(message: str) -> NoReturn:
 def check_args(args: Args) -> None:
     """Refuse numbers that cannot be meant, before anything is loaded or written."""
     for name, value in dataclasses.asdict(args).items():
-        low, high = 0.0, math.inf
-        if name in ("gamma", "h", "tau", "target_rate", "expectile"):
-            high = 1.0
-        elif name in ("learning_rate", "causal_learning_rate", "max_grad_norm", "beta"):
-            low = 1e-9
-        elif name.endswith(("_size", "_dim", "_samples", "_rounds", "_interval", "_episodes")):
-            low = 1
-        if isinstance(value, int | float) and not (low <= value <= high and math.isfinite(value)):
-            fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")
+        if type(value) in (int, float):
+            low = 0 if type(value) is float or name in ("seed", "total_iterations", "causal_pretrain_iterations") else 1
+            high = 1 if name in ("gamma", "h", "tau", "target_rate", "expectile") else sys.maxsize
+            if not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda was given but torch sees no CUDA device; give --no-cuda or install a CUDA build of torch")
     if args.total_iterations == 0 and not args.checkpoint:
@@ -217,13 +214,14 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
         metadata = json.loads(str(arrays.pop("metadata", "{}")))
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         fail(f"{path} cannot be read ({error}); expected a complete .npz file without pickled objects")
-    missing = [name for name in ("observations", "actions", "rewards", "terminals", "timeouts") if name not in arrays]
+    required = ["observations", "actions", "rewards", "terminals", "timeouts"]
+    if "truth" in (args.credit, args.causal_target):
+        required.append("individual_rewards")
+    missing = [name for name in required if name not in arrays]
     if missing:
-        fail(f"{path} lacks {', '.join(missing)}; data/README.md lists what a dataset holds")
+        fail(f"{path} lacks {', '.join(missing)}, which a run with these arguments needs (see data/README.md)")
     if metadata.get("env", args.env) != args.env:
         fail(f"{path} was recorded in {metadata['env']}, but --env is {args.env}; give the two that belong together")
-    if "truth" in (args.credit, args.causal_target) and "individual_rewards" not in arrays:
-        fail(f"{path} records no individual_rewards, which --credit truth and --causal-target truth need")
 
     space = env.action_space(env.possible_agents[0])
     discrete = isinstance(space, gymnasium.spaces.Discrete)
@@ -314,6 +312,9 @@ class StackedLinear(nn.Module):
 class Actor(nn.Module):
     """Deterministic policies pi^i(o^i): actions in [-1, 1] (continuous) or one logit per action (discrete)."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
         super().__init__()
         self.discrete, self.action_dim = discrete, action_dim
@@ -336,6 +337,9 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Twin critics Q^{i,1}, Q^{i,2} of every agent, a stack of 2 N networks."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
         super().__init__()
@@ -375,7 +379,7 @@ class Networks(nn.Module):
     def fit_statistics(self, observations: torch.Tensor) -> None:
         """Standardise inputs by mean and deviation of the dataset's observations [T, N, O], each agent's by its own."""
         mean, std = observations.mean(0)[:, None], observations.std(0)[:, None]
-        for network in self.children():
+        for network in (self.actor, self.actor_target, self.critic, self.critic_target):
             network.mean.copy_(mean)
             network.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
@@ -388,20 +392,21 @@ def step(
     One norm over the stacked weights would couple the agents: a large gradient of one would slow the others.
     """
     parameters = list(network.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    gradients = [p.grad.view(-1, agents, p[0].numel()) for p in parameters]  # actors [1, N, n], twin critics [2, N, n]
-    norm = torch.stack([g.square().sum((0, 2)) for g in gradients]).sum(0).sqrt()  # [N]
+    gradients = torch.autograd.grad(loss, parameters)
+    per_agent = [g.view(-1, agents, g[0].numel()) for g in gradients]  # actors [1, N, n], twin critics [2, N, n]
+    norm = torch.stack([g.square().sum((0, 2)) for g in per_agent]).sum(0).sqrt()  # [N]
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None]
-    for gradient in gradients:
-        gradient.mul_(scale)
+    for parameter, gradient, part in zip(parameters, gradients, per_agent, strict=True):
+        part.mul_(scale)  # a view of the gradient
+        parameter.grad = gradient
     optimizer.step()
 
 
 @torch.no_grad()
 def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
     """target <- target + rate (network - target), in place."""
-    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
+    for old, new in zip(target.parameters(), network.parameters(), strict=True):
+        old.lerp_(new, rate)
 
 
 # === ALGORITHM LOGIC: ICQ. Outside this section the three scripts differ by names and arguments only. ================
@@ -489,7 +494,9 @@ def update(
 # --- A run ------------------------------------------------------------------------------------------------------------
 
 
-def measure(env, nets: Networks, causal_model: CausalModel, probe: dict, metadata: dict, args: Args, episodes: int):
+def measure(
+    env, nets: Networks, causal_model: CausalModel | None, probe: dict, metadata: dict, args: Args, episodes: int
+):
     """Play `episodes`, normalise the return by the dataset's references, hold the credit against a recorded truth."""
     results = evaluate(env, nets.actor, episodes, 1000 * args.seed, probe["rewards"].device)
     row = {"return": results["return"].mean(), "return_std": results["return"].std()}
@@ -499,7 +506,7 @@ def measure(env, nets: Networks, causal_model: CausalModel, probe: dict, metadat
             row[name] = 100 * (row["return"] - low) / (high - low)
     if "won" in results:
         row["won"] = results["won"].mean()
-    if args.credit == "macca":
+    if args.credit == "macca" and causal_model:
         inputs = causal_inputs(probe, nets.actor.action_dim)
         assigned = causal_model.assign(*inputs)  # [B, N]
         row["state_density"], row["action_density"] = (masks.mean() for masks in causal_model.masks(*inputs))
@@ -520,13 +527,10 @@ def provenance(path: Path) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         commit = ""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"command": sys.argv, "commit": commit, "versions": versions, "dataset_sha256": sha256(path)}
-
-
-def sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"command": sys.argv, "commit": commit, "versions": versions, "dataset_sha256": digest}
 
 
 def save(path: Path, content: dict) -> None:
@@ -564,7 +568,7 @@ if __name__ == "__main__":
     path = dataset_path(args)
     data, metadata = load_dataset(path, args, env)
     if args.preset == "paper" and not args.resume:
-        quality = metadata.get("quality")
+        quality = metadata.get("quality", "")
         if quality not in PAPER_QUALITY:
             print(f"{path} names no quality of the paper's, so --preset paper takes its row for expert data")
         args = tyro.cli(Args, default=Args(**PAPER, **PAPER_QUALITY.get(quality, PAPER_QUALITY["expert"])))

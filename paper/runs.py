@@ -34,20 +34,19 @@ TABLES: dict[str, tuple[list[int], dict[str, str]]] = {}
 # Which settings let each backbone learn from the true individual rewards? Everything that was tried is in these tables.
 TUNING = {
     "bc": "paper/bc.py",
-    "omar alpha 1 tau 0.9": "macca_omar.py --credit truth --alpha 1 --tau 0.9",
-    "omar alpha 1 tau 0.5": "macca_omar.py --credit truth --alpha 1 --tau 0.5",
-    "omar alpha 5 tau 0.9": "macca_omar.py --credit truth --alpha 5 --tau 0.9",
-    "omar alpha 0.2 tau 0.9": "macca_omar.py --credit truth --alpha 0.2 --tau 0.9",
-    "cql alpha 1": "macca_cql.py --credit truth --alpha 1",
-    "cql alpha 5": "macca_cql.py --credit truth --alpha 5",
-    "cql alpha 0.2": "macca_cql.py --credit truth --alpha 0.2",
-    "icq expectile 0.7 beta 1": "macca_icq.py --credit truth --expectile 0.7 --beta 1",
-    "icq expectile 0.7 beta 0.3": "macca_icq.py --credit truth --expectile 0.7 --beta 0.3",
-    "icq expectile 0.9 beta 0.3": "macca_icq.py --credit truth --expectile 0.9 --beta 0.3",
-    "icq expectile 0.9 beta 0.1": "macca_icq.py --credit truth --expectile 0.9 --beta 0.1",
+    "icq expectile 0.7 beta 1": "macca_icq.py --expectile 0.7 --beta 1",
+    "icq expectile 0.7 beta 0.3": "macca_icq.py --expectile 0.7 --beta 0.3",
+    "icq expectile 0.9 beta 0.3": "macca_icq.py --expectile 0.9 --beta 0.3",
+    "icq expectile 0.9 beta 0.1": "macca_icq.py --expectile 0.9 --beta 0.1",
+    "cql alpha 0.2": "macca_cql.py --alpha 0.2",
+    "cql alpha 1": "macca_cql.py --alpha 1",
+    "cql alpha 5": "macca_cql.py --alpha 5",
+    "omar alpha 1 tau 0.9": "macca_omar.py --alpha 1 --tau 0.9",
+    "omar alpha 5 tau 0.5": "macca_omar.py --alpha 5 --tau 0.5",
 }
 for quality in ("medium-replay", "medium"):
-    commands = {label: f"{run} --dataset {quality} --total-iterations 3000" for label, run in TUNING.items()}
+    common = f"--dataset {quality} --total-iterations 3000"
+    commands = {k: f"{run} {common}" + " --credit truth" * (k != "bc") for k, run in TUNING.items()}
     TABLES[f"cn-tuning-{quality}"] = ([1], commands)
 
 

@@ -1,0 +1,131 @@
+"""How fast is an iteration, what does the causal model cost, and how much memory does a dataset take?
+
+    python paper/speed.py --script macca_omar --threads 1
+    python paper/speed.py --transitions 1000000        # a made-up dataset of Cooperative Navigation's sizes
+
+Times start after a burn-in; figures compared with each other are measured in turn, in the same process.
+"""
+
+import importlib
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from causal_model import CausalModel
+
+
+@dataclass
+class Args:
+    script: Literal["macca_omar", "macca_cql", "macca_icq"] = "macca_omar"
+    """whose update to time"""
+    dataset: str = "expert"
+    """the dataset of mpe/simple_spread to draw from"""
+    transitions: int = 0
+    """instead of --dataset, write and load a random dataset with this many transitions"""
+    batch_size: int = 256
+    """transitions in a minibatch"""
+    threads: int = torch.get_num_threads()
+    """CPU threads of torch"""
+    cuda: bool = torch.cuda.is_available()
+    """measure on the GPU"""
+    rounds: int = 20
+    """timed rounds of 10 iterations each, after 3 that are not counted"""
+
+
+def made_up(path: Path, steps: int) -> None:
+    """A dataset of Cooperative Navigation's shapes and episode length, filled with noise."""
+    noise = np.random.default_rng(0)
+    individual = noise.standard_normal((steps, 3), dtype=np.float32)
+    timeouts = np.arange(1, steps + 1) % 25 == 0
+    timeouts[-1] = True
+    np.savez(
+        path,
+        observations=noise.standard_normal((steps, 3, 18), dtype=np.float32),
+        final_observations=noise.standard_normal((int(timeouts.sum()), 3, 18), dtype=np.float32),
+        actions=noise.uniform(-1, 1, (steps, 3, 2)).astype(np.float32),
+        rewards=individual.sum(1),
+        individual_rewards=individual,
+        terminals=np.zeros(steps, bool),
+        timeouts=timeouts,
+        metadata=json.dumps({"env": "mpe/simple_spread"}),
+    )
+
+
+def milliseconds(functions: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, float]:
+    """Median time of one call of each function; the functions take turns, ten calls at a time."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in tqdm(range(-3, rounds), desc="timing", unit="round"):
+        for name, function in functions.items():
+            if cuda:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(10):
+                function()
+            if cuda:
+                torch.cuda.synchronize()
+            if round_number >= 0:
+                times[name].append((time.perf_counter() - started) * 100)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(args.threads)
+    base = importlib.import_module(args.script)
+    settings = {c: base.Args(dataset=args.dataset, credit=c, batch_size=args.batch_size) for c in ("team", "macca")}
+    env = base.make_env("mpe/simple_spread")
+    with tempfile.TemporaryDirectory() as folder:
+        path = base.dataset_path(settings["team"])
+        if args.transitions:
+            path = Path(folder) / "made-up.npz"
+            made_up(path, args.transitions)
+        data, _ = base.load_dataset(path, settings["team"], env)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    data = {name: tensor.to(device) for name, tensor in data.items()}
+    agents, observation_dim = data["observations"].shape[1:]
+    nets = base.Networks(agents, observation_dim, 2, settings["team"].hidden_dim, False).to(device)
+    nets.fit_statistics(data["observations"])
+    owner = [agent for agent in range(agents) for _ in range(observation_dim)]
+    causal_model = CausalModel(agents, agents * observation_dim, 2, state_owner=owner).to(device)
+    causal_model.fit_statistics(data["observations"].flatten(1), data["rewards"])
+    optimizers = {
+        "causal": torch.optim.Adam(causal_model.parameter_groups(), fused=True),
+        "critic": torch.optim.Adam(nets.critic.parameters(), lr=1e-3, fused=True),
+        "actor": torch.optim.Adam(nets.actor.parameters(), lr=1e-3, fused=True),
+    }
+    batch = base.sample(data, args.batch_size)
+
+    def update(credit: str) -> Callable:
+        return lambda: base.update(batch, nets, causal_model, optimizers, settings[credit], True, credit == "macca")
+
+    functions = {
+        "sampling": lambda: base.sample(data, args.batch_size),
+        "team": update("team"),
+        "macca": update("macca"),
+    }
+    ms = milliseconds(functions, args.rounds, args.cuda)
+    name = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} thread(s)"
+    print(f"{args.script}, batch {args.batch_size}, {name}, torch {torch.__version__}")
+    print(f"sampling a minibatch: {ms['sampling']:.2f} ms")
+    for credit in ("team", "macca"):
+        rate = 1000 / (ms[credit] + ms["sampling"])
+        print(f"--credit {credit}: update {ms[credit]:.1f} ms, {rate:.1f} iterations per second")
+    print(f"the causal model's share of a macca iteration: {100 * (1 - ms['team'] / ms['macca']):.0f} %")
+    print(
+        f"{len(data['rewards'])} transitions, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    )
+    if args.cuda:
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
