@@ -88,6 +88,7 @@ def run(command: str) -> dict[str, str]:
         **{name: last.get(name, "") for name in kept},
         "best_score": best.get("score", ""),
         "best_return": best["return"],
+        "curve": " ".join(f"{row['iteration']}:{float(row['return']):.1f}" for row in rows),
         "wall_seconds": f"{time.monotonic() - started:.0f}",
         "versions": " ".join(f"{name} {version}" for name, version in config["versions"].items()),
         "commit": config["commit"],

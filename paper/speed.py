@@ -123,9 +123,8 @@ if __name__ == "__main__":
     for credit in ("team", "macca"):
         rate = 1000 / (ms[credit] + ms["sampling"])
         print(f"--credit {credit}: update {ms[credit]:.1f} ms, {rate:.1f} iterations per second")
-    print(f"the causal model's share of a macca iteration: {100 * (1 - ms['team'] / ms['macca']):.0f} %")
-    print(
-        f"{len(data['rewards'])} transitions, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-    )
+    print(f"the causal model's share of a macca iteration: {1 - ms['team'] / ms['macca']:.0%}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    print(f"{len(data['rewards'])} transitions, peak memory {peak:.2f} GiB")
     if args.cuda:
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
