@@ -1,0 +1,538 @@
+"""Networks, losses and steps of the three scripts against slow NumPy loops that say the equations once more."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import macca_cql
+import macca_icq
+import macca_omar
+
+SCRIPTS = [macca_cql, macca_omar, macca_icq]
+CONSERVATIVE = [macca_cql, macca_omar]
+N, B, OBS, A = 3, 6, 4, 2  # agents, batch, observation, action
+CHOICES = 5  # discrete actions
+
+
+def make_args(script, **changes):
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    return script.Args(cuda=False, **{name: value for name, value in changes.items() if name in known})
+
+
+def make_nets(script, discrete):
+    """Networks whose targets differ from them, with weights large enough for the Q-values to matter."""
+    torch.manual_seed(0)
+    nets = script.Networks(N, OBS, CHOICES if discrete else A, 8, discrete)
+    with torch.no_grad():
+        for parameter in nets.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.6)
+    nets.fit_statistics(2 + 3 * torch.randn(100, N, OBS))
+    return nets
+
+
+def make_batch(discrete, batch=B):
+    torch.manual_seed(1)
+    rows = {
+        "observations": 2 + 3 * torch.randn(batch, N, OBS),
+        "next_observations": 2 + 3 * torch.randn(batch, N, OBS),
+        "actions": torch.rand(batch, N, A) * 2 - 1,
+        "next_actions": torch.rand(batch, N, A) * 2 - 1,
+        "rewards": torch.randn(batch),
+        "individual_rewards": torch.randn(batch, N),
+        "terminals": torch.arange(batch) % 3 == 1,  # rows 1 and 4
+        "timeouts": torch.arange(batch) % 3 == 2,  # rows 2 and 5: these bootstrap
+        "has_next_action": torch.arange(batch) % 3 == 0,  # neither after a terminal nor after a timeout
+    }
+    if discrete:
+        rows["action_masks"], rows["next_action_masks"] = torch.rand(2, batch, N, CHOICES) < 0.5
+        rows["actions"] = torch.randint(CHOICES, (batch, N))
+        rows["next_actions"] = torch.randint(CHOICES, (batch, N))
+        for mask, action in (("action_masks", "actions"), ("next_action_masks", "next_actions")):
+            rows[mask].scatter_(2, rows[action][..., None], True)  # what was done was allowed
+        assert not rows["action_masks"].all() and not rows["next_action_masks"].all()
+    return rows
+
+
+def array(tensor):
+    return tensor.detach().double().numpy()
+
+
+def slow_q(critic, twin, agent, observation, action=None):
+    """Q of one agent's twin: a number for one action [A], or a vector of all discrete actions."""
+    k = twin * N + agent
+    x = (array(observation) - array(critic.mean[agent, 0])) / array(critic.std[agent, 0])
+    x = x @ array(critic.layer1.weight[k]) + array(critic.layer1.bias[k, 0])
+    if action is not None:
+        x = x + array(action) @ array(critic.action_weight[k])
+    x = np.maximum(x, 0) @ array(critic.layer2.weight[k]) + array(critic.layer2.bias[k, 0])
+    x = np.maximum(x, 0) @ array(critic.layer3.weight[k]) + array(critic.layer3.bias[k, 0])
+    return x if action is None else x[0]
+
+
+def slow_pi(actor, agent, observation, mask=None):
+    """The action [A] of one agent, or its logits, minus infinity where an action is not allowed."""
+    x = (array(observation) - array(actor.mean[agent, 0])) / array(actor.std[agent, 0])
+    x = np.maximum(x @ array(actor.layer1.weight[agent]) + array(actor.layer1.bias[agent, 0]), 0)
+    x = np.maximum(x @ array(actor.layer2.weight[agent]) + array(actor.layer2.bias[agent, 0]), 0)
+    x = x @ array(actor.layer3.weight[agent]) + array(actor.layer3.bias[agent, 0])
+    return np.tanh(x) if mask is None else np.where(mask, x, -np.inf)
+
+
+def log_sum_exp(values):
+    return np.log(np.exp(values).sum())
+
+
+def softmax(values):
+    return np.exp(values - values.max()) / np.exp(values - values.max()).sum()
+
+
+def close(tensor, expected, rtol=1e-4, atol=1e-5):
+    np.testing.assert_allclose(array(tensor), expected, rtol=rtol, atol=atol)
+
+
+# ---- networks ----
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_networks(script):
+    """Every agent's actor and both of its critics are separate networks; K actions in one call are K calls."""
+    nets, batch = make_nets(script, False), make_batch(False)
+    observations, candidates = batch["observations"].transpose(0, 1), torch.rand(N, B, 4, A) * 2 - 1
+    q, policy = nets.critic(observations, candidates), nets.actor(observations)
+    expected_q, expected_policy = np.zeros((2, N, B, 4)), np.zeros((N, B, A))
+    for i in range(N):
+        for b in range(B):
+            expected_policy[i, b] = slow_pi(nets.actor, i, observations[i, b])
+            for twin in range(2):
+                for k in range(4):
+                    expected_q[twin, i, b, k] = slow_q(nets.critic, twin, i, observations[i, b], candidates[i, b, k])
+    close(q, expected_q)
+    close(policy, expected_policy)
+    close(nets.actor.act(observations), expected_policy)
+    close(nets.critic(observations, candidates, twins=1), expected_q[:1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_discrete_networks(script):
+    """One Q and one logit per action; an action that is not allowed is never played, whatever its logit."""
+    nets, batch = make_nets(script, True), make_batch(True)
+    observations, masks = batch["observations"].transpose(0, 1), batch["action_masks"].transpose(0, 1)
+    q, played = nets.critic(observations), nets.actor.act(observations, masks)
+    unrestricted = 0
+    for i in range(N):
+        for b in range(B):
+            for twin in range(2):
+                close(q[twin, i, b], slow_q(nets.critic, twin, i, observations[i, b]))
+            logits = slow_pi(nets.actor, i, observations[i, b], masks[i, b].numpy())
+            assert played[i, b] == logits.argmax()
+            free = slow_pi(nets.actor, i, observations[i, b], np.ones(CHOICES, bool))
+            unrestricted += free.argmax() != logits.argmax()
+    assert unrestricted > 0  # a mask did decide somewhere
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_input_statistics(script):
+    """Inputs are standardised by each agent's own mean and deviation, in the targets too; a constant one is left."""
+    nets = script.Networks(N, OBS, A, 8, False)
+    data = torch.randn(200, N, OBS) * (1 + torch.arange(N)[:, None]) + 10 * torch.arange(N)[:, None]
+    data[:, :, 2] = 7.0
+    nets.fit_statistics(data)
+    for network in (nets.actor, nets.actor_target, nets.critic, nets.critic_target):
+        for i in range(N):
+            close(network.mean[i, 0], data[:, i].numpy().mean(0), rtol=1e-4)
+            close(network.std[i, 0, :2], data[:, i, :2].numpy().std(0, ddof=1), rtol=1e-4)
+            assert network.std[i, 0, 2] == 1
+
+
+# ---- critics ----
+
+
+def slow_target(nets, batch, rewards, gamma, b, i):
+    """y = r + gamma min over twins of the target critics at the target actor's action; a terminal row has no future."""
+    following, discrete = batch["next_observations"][b, i], nets.actor.discrete
+    if batch["terminals"][b]:
+        return float(rewards[b, i])
+    if discrete:
+        action = slow_pi(nets.actor_target, i, following, batch["next_action_masks"][b, i].numpy()).argmax()
+        twins = [slow_q(nets.critic_target, twin, i, following)[action] for twin in range(2)]
+    else:
+        action = torch.tensor(slow_pi(nets.actor_target, i, following))
+        twins = [slow_q(nets.critic_target, twin, i, following, action) for twin in range(2)]
+    return float(rewards[b, i]) + gamma * min(twins)
+
+
+@pytest.mark.parametrize("script", CONSERVATIVE)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_conservative_critic_loss(script, discrete):
+    """Eq. 7, both twins: squared error to y plus alpha (log-sum-exp of Q minus Q of the data's action)."""
+    args = make_args(script, alpha=1.7, gamma=0.8, cql_samples=3)
+    nets, batch = make_nets(script, discrete), make_batch(discrete)
+    rewards = batch["individual_rewards"]
+    observations = batch["observations"].transpose(0, 1)
+    torch.manual_seed(7)
+    loss, logs = script.critic_loss(batch, rewards, nets, args)
+    if not discrete:
+        torch.manual_seed(7)  # the same actions once more
+        candidates, log_density = script.penalty_actions(nets.actor(observations), args.cql_samples)
+    expected, q_data = 0.0, []
+    for i in range(N):
+        for b in range(B):
+            y = slow_target(nets, batch, rewards, args.gamma, b, i)
+            for twin in range(2):
+                if discrete:
+                    q_all = slow_q(nets.critic, twin, i, observations[i, b])
+                    q = q_all[batch["actions"][b, i]]
+                    soft = log_sum_exp(q_all[batch["action_masks"][b, i].numpy()])
+                else:
+                    q = slow_q(nets.critic, twin, i, observations[i, b], batch["actions"][b, i])
+                    terms = [
+                        slow_q(nets.critic, twin, i, observations[i, b], candidates[i, b, k])
+                        - float(log_density[i, b, k])
+                        for k in range(candidates.shape[2])
+                    ]
+                    soft = log_sum_exp(np.array(terms))
+                expected += ((q - y) ** 2 + args.alpha * (soft - q)) / B
+                q_data.append(q)
+    close(loss, expected)
+    close(logs["q_data"], np.mean(q_data))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_only_terminals_stop_the_bootstrap(script, discrete):
+    """What follows a terminal row must not matter, what follows a time limit must, and no gradient goes into y."""
+    args = make_args(script)
+    nets, batch = make_nets(script, discrete), make_batch(discrete)
+    batch["has_next_action"] = ~batch["terminals"]  # so that ICQ uses every row
+
+    def loss_of(batch):
+        torch.manual_seed(3)
+        return script.critic_loss(batch, batch["individual_rewards"], nets, args)[0].item()
+
+    for row in range(B):
+        other = dict(batch, next_observations=batch["next_observations"].clone())
+        other["next_observations"][row] += 1.0
+        assert (loss_of(other) == loss_of(batch)) == bool(batch["terminals"][row])
+    for parameter in (*nets.actor_target.parameters(), *nets.critic_target.parameters()):
+        parameter.requires_grad_(True)
+    loss, _ = script.critic_loss(batch, batch["individual_rewards"], nets, args)
+    inputs = [*nets.actor.parameters(), *nets.actor_target.parameters(), *nets.critic_target.parameters()]
+    assert all(gradient is None for gradient in torch.autograd.grad(loss, inputs, allow_unused=True))
+
+
+@pytest.mark.parametrize("script", CONSERVATIVE)
+def test_penalty_actions_and_their_density(script):
+    """Half of the actions are uniform over [-1, 1]^A, half near the policy's: counted, the density must be theirs."""
+    policy = torch.tensor([[[0.0, 0.95], [-1.0, 0.3]]])  # [1, 2, 2]: two observations of one agent
+    torch.manual_seed(0)
+    actions, log_density = script.penalty_actions(policy, 20_000)
+    assert actions.shape == (1, 2, 40_000, 2) and log_density.shape == (1, 2, 40_000)
+    assert actions.abs().max() <= 1
+    density = log_density.double().exp()
+    for b in range(2):
+        # The mean of 1 / density over draws from the density is the volume of where it lies: all of [-1, 1]^2.
+        assert abs((1 / density[0, b]).mean() - 4.0) < 0.1
+        near = ((actions[0, b] - policy[0, b]).abs() < 0.2 + 1e-6).all(1)
+        assert 0.5 < near.double().mean() < 0.56  # the near half, and the uniform ones that fell there
+
+
+@pytest.mark.parametrize("script", CONSERVATIVE)
+def test_soft_maximum_is_the_integral(script):
+    """With many samples the penalty's log-sum-exp must approach log of the integral of exp(Q) over all actions."""
+    observations = torch.zeros(1, 3, 1)  # [N, B, O]
+    policy = torch.tensor([[[0.0, 0.0], [0.9, -0.4], [-1.0, 1.0]]])  # [1, 3, 2]
+    slope = torch.tensor([1.5, -2.0])
+
+    class Nets:
+        """Q(o, a) = slope a - 3 in both twins, whose integral is known; the targets say the same."""
+
+        @staticmethod
+        def critic(observations, actions, twins=2):
+            return ((actions * slope).sum(3) - 3).expand(twins, -1, -1, -1)
+
+        critic_target = critic
+
+        @staticmethod
+        def actor(observations):
+            return policy
+
+        actor_target = actor
+
+    Nets.actor.discrete = False  # type: ignore[attr-defined]
+    samples = 20_000
+    torch.manual_seed(0)
+    batch = {
+        "observations": observations.transpose(0, 1),
+        "next_observations": observations.transpose(0, 1),
+        "actions": torch.zeros(3, 1, 2),
+        "terminals": torch.ones(3, dtype=torch.bool),
+    }
+    args = make_args(script, alpha=1.0, cql_samples=samples)
+    rewards = torch.full((3, 1), -3.0)  # y = r = Q at the data's action 0: the squared error vanishes
+    loss, _ = script.critic_loss(batch, rewards, Nets, args)
+    log_integral = np.log(4 * np.sinh(1.5) / 1.5 * np.sinh(2.0) / 2.0) - 3
+    soft_maximum = loss.item() / 2 - 3  # two twins; Q at the data's action is -3
+    # A constant (here the number of samples) has no gradient and may be left out.
+    assert min(abs(soft_maximum - log_integral - constant) for constant in (0.0, np.log(2 * samples))) < 0.02
+
+
+def test_expectile_loss():
+    """L_2^tau(u) = |tau - 1(u < 0)| u^2; its minimiser over a constant is the tau-expectile, 0.5 the mean."""
+    errors = torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0])
+    expected = [abs(0.7 - (u < 0)) * u**2 for u in errors.tolist()]
+    close(macca_icq.expectile_loss(errors, 0.7), expected)
+    samples, grid = torch.randn(2000).exp(), torch.linspace(0.2, 6, 2000)
+    found = {}
+    for tau in (0.5, 0.9):
+        losses = macca_icq.expectile_loss(samples - grid[:, None], tau).mean(1)  # [grid]
+        found[tau] = grid[losses.argmin()].item()
+    assert abs(found[0.5] - samples.mean().item()) < 0.005 and found[0.9] > found[0.5] + 0.5
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_expectile_critic_loss(discrete):
+    """Eq. 9 with the dataset's own next action; rows without one are left out, terminal rows are not."""
+    args = make_args(macca_icq, expectile=0.8, gamma=0.8)
+    nets, batch = make_nets(macca_icq, discrete), make_batch(discrete)
+    rewards, expected, used = batch["individual_rewards"], 0.0, 0
+    for b in range(B):
+        if not (batch["terminals"][b] or batch["has_next_action"][b]):
+            continue
+        used += 1
+        for i in range(N):
+            now, following = batch["observations"][b, i], batch["next_observations"][b, i]
+            action, next_action = batch["actions"][b, i], batch["next_actions"][b, i]
+            twins, next_twins = [], []
+            for twin in range(2):
+                if discrete:
+                    twins.append(slow_q(nets.critic, twin, i, now)[action])
+                    next_twins.append(slow_q(nets.critic_target, twin, i, following)[next_action])
+                else:
+                    twins.append(slow_q(nets.critic, twin, i, now, action))
+                    next_twins.append(slow_q(nets.critic_target, twin, i, following, next_action))
+            y = float(rewards[b, i]) + (0.0 if batch["terminals"][b] else args.gamma * min(next_twins))
+            for q in twins:
+                expected += (args.expectile if y > q else 1 - args.expectile) * (y - q) ** 2
+    assert used == 4
+    loss, _ = macca_icq.critic_loss(batch, rewards, nets, args)
+    close(loss, expected / used)
+    # A minibatch may hold no usable row at all: no loss, no division by zero.
+    nothing = dict(batch, terminals=torch.zeros(B, dtype=torch.bool), has_next_action=torch.zeros(B, dtype=torch.bool))
+    assert macca_icq.critic_loss(nothing, rewards, nets, args)[0] == 0
+
+
+# ---- actors ----
+
+
+def test_zeroth_order_actions():
+    """OMAR's candidates and choice, with the same noise, number by number."""
+    args = make_args(macca_omar, omar_rounds=3, omar_samples=4)
+    nets, batch = make_nets(macca_omar, False), make_batch(False)
+    observations = batch["observations"].transpose(0, 1)
+    policy = nets.actor(observations).detach()
+    torch.manual_seed(11)
+    chosen = macca_omar.zeroth_order_actions(observations, policy, nets.critic, args)
+    torch.manual_seed(11)
+    noise = [array(torch.randn(N, B, 4, A)) for _ in range(3)]
+    own = 0
+    for i in range(N):
+        for b in range(B):
+            mean, std = np.zeros(A), np.full(A, 2.0)
+            for count in range(3):
+                samples = [np.clip(mean + std * noise[count][i, b, k], -1, 1) for k in range(4)]
+                q = [slow_q(nets.critic, 0, i, observations[i, b], torch.tensor(sample)) for sample in samples]
+                weights = softmax(np.array(q))
+                mean = sum(weights[k] * samples[k] for k in range(4))
+                std = np.sqrt(sum(weights[k] * (samples[k] - mean) ** 2 for k in range(4)))
+            samples.append(array(policy[i, b]))
+            q.append(slow_q(nets.critic, 0, i, observations[i, b], policy[i, b]))
+            close(chosen[i, b], samples[int(np.argmax(q))], rtol=1e-3, atol=1e-4)
+            own += int(np.argmax(q)) == 4
+    assert 0 < own < N * B  # both the policy's own action and a sample won somewhere
+
+
+def test_zeroth_order_actions_find_a_known_maximum():
+    """On Q = -10 |a - best|^2 the optimiser must arrive, also at the rim, and never be worse than the policy."""
+    torch.manual_seed(0)
+    best = torch.rand(N, B, A) * 2 - 1
+    best[0] = torch.sign(best[0])  # corners
+
+    def critic(observations, candidates, twins):
+        assert twins == 1 and candidates.abs().max() <= 1
+        return -10 * (candidates - best[:, :, None]).square().sum(3)[None]  # [1, N, B, K]
+
+    args = make_args(macca_omar, omar_rounds=5, omar_samples=300)
+    policy = torch.rand(N, B, A) * 2 - 1
+    observations = torch.zeros(N, B, OBS)
+    found = macca_omar.zeroth_order_actions(observations, policy, critic, args)
+    assert (found - best).abs().max() < 0.1
+    few = make_args(macca_omar, omar_rounds=1, omar_samples=1)
+    found = macca_omar.zeroth_order_actions(observations, policy, critic, few)
+    assert ((found - best).square().sum(2) <= (policy - best).square().sum(2)).all()
+    assert (found == policy).all(2).any()
+    torch.testing.assert_close(macca_omar.zeroth_order_actions(observations, best, critic, few), best)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_actor_loss(script, discrete):
+    """CQL: -Q. OMAR, Eq. 8: tau distance - (1 - tau) Q. ICQ: distance to the data times softmax(advantage / beta)."""
+    args = make_args(script, tau=0.6, beta=0.5, omar_rounds=2, omar_samples=5)
+    nets, batch = make_nets(script, discrete), make_batch(discrete)
+    observations = batch["observations"].transpose(0, 1)
+    torch.manual_seed(5)
+    loss, logs = script.actor_loss(batch, batch["individual_rewards"], nets, args)
+    if script is macca_omar and not discrete:
+        torch.manual_seed(5)
+        a_hat = macca_omar.zeroth_order_actions(observations, nets.actor(observations).detach(), nets.critic, args)
+    expected, q_policies, distances = 0.0, [], []
+    for i in range(N):
+        terms = []  # of each row: Q of the policy, advantage, distance
+        for b in range(B):
+            now, action = observations[i, b], batch["actions"][b, i]
+            if discrete:
+                mask = batch["action_masks"][b, i].numpy()
+                probabilities = softmax(slow_pi(nets.actor, i, now, mask))
+                first, second = (slow_q(nets.critic, twin, i, now) for twin in range(2))
+                smaller = np.minimum(first, second)
+                best = np.where(mask, first, -np.inf).argmax()
+                q_policy = probabilities @ (smaller if script is macca_icq else first)
+                advantage = smaller[action] - q_policy
+                distance = -np.log(probabilities[action if script is macca_icq else best])
+                distances.append(float(probabilities.argmax() != action))
+            else:
+                pi = torch.tensor(slow_pi(nets.actor, i, now))
+                twins = [slow_q(nets.critic, twin, i, now, pi) for twin in range(2)]
+                q_policy = min(twins) if script is macca_icq else twins[0]
+                advantage = min(slow_q(nets.critic, twin, i, now, action) for twin in range(2)) - q_policy
+                goal = a_hat[i, b] if script is macca_omar else action
+                distance = float((pi - goal).square().sum())
+                distances.append(float((pi - action).square().mean()))
+            terms.append((q_policy, advantage, distance))
+        q, advantages, distance = np.array(terms).T  # [B] each
+        q_policies.append(q)
+        if script is macca_cql:
+            expected += -q.mean()
+        elif script is macca_omar:
+            expected += (0.6 * distance - 0.4 * q).mean()
+        else:
+            weights = softmax(advantages / 0.5) * B
+            assert abs(weights.mean() - 1) < 1e-9
+            expected += (weights * distance).mean()
+    close(loss, expected, rtol=1e-3)
+    close(logs["q_policy"], np.mean(q_policies), rtol=1e-3)
+    close(logs["data_distance"], np.mean(distances), rtol=1e-3)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_icq_weights_carry_no_gradient(discrete):
+    """The weights judge the data's actions; a gradient through them would move the policy to make them large."""
+    nets, batch = make_nets(macca_icq, discrete), make_batch(discrete)
+    loss, _ = macca_icq.actor_loss(batch, batch["individual_rewards"], nets, make_args(macca_icq))
+    gradients = torch.autograd.grad(loss, list(nets.critic.parameters()), allow_unused=True, retain_graph=True)
+    assert all(gradient is None for gradient in gradients)
+    # With a huge temperature all weights are 1, and it is plain behaviour cloning: value and gradient.
+    plain, _ = macca_icq.actor_loss(batch, batch["individual_rewards"], nets, make_args(macca_icq, beta=1e6))
+    observations, actions = batch["observations"].transpose(0, 1), batch["actions"].transpose(0, 1)
+    if discrete:
+        logits = nets.actor(observations, batch["action_masks"].transpose(0, 1))
+        cloning = -logits.log_softmax(2).gather(2, actions[..., None]).squeeze(2).mean(1).sum()
+    else:
+        cloning = (nets.actor(observations) - actions).square().sum(2).mean(1).sum()
+    torch.testing.assert_close(plain, cloning, rtol=1e-4, atol=1e-4)
+    parameters = list(nets.actor.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(plain, parameters), torch.autograd.grad(cloning, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_actors_never_prefer_what_is_not_allowed():
+    """Discrete OMAR and CQL: a forbidden action of enormous Q must leave loss and gradient as they were."""
+    for script in CONSERVATIVE:
+        nets, batch = make_nets(script, True), make_batch(True)
+        batch["action_masks"][:, :, 0] = False  # action 0 is never allowed ...
+        batch["action_masks"][:, :, 1] = True
+        batch["actions"].clamp_(min=1)
+        args, gradients = make_args(script), []
+        for lure in (0.0, 30.0):
+            with torch.no_grad():
+                nets.critic.layer3.bias[:, :, 0] += lure  # ... and promises more and more
+            loss, _ = script.actor_loss(batch, batch["individual_rewards"], nets, args)
+            gradients.append(torch.autograd.grad(loss, list(nets.actor.parameters())))
+            critic = script.critic_loss(batch, batch["individual_rewards"], nets, args)[0]
+            gradients[-1] += (loss.detach(), torch.autograd.grad(critic, nets.critic.layer3.bias)[0][:, :, 1:])
+        for before, after in zip(*gradients, strict=True):
+            torch.testing.assert_close(before, after)
+
+
+# ---- steps ----
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", ["actor", "critic"])
+def test_step_clips_each_agent_by_itself(script, name):
+    """One norm over all agents would let a huge gradient of one agent stop the others."""
+    nets = make_nets(script, False)
+    network, scales = getattr(nets, name), torch.tensor([1e-4, 1.0, 1e4])
+    parameters = list(network.parameters())
+    torch.manual_seed(2)
+    wanted = []
+    for parameter in parameters:  # a loss whose gradient is this, small for agent 0 and huge for agent 2
+        owner = torch.arange(len(parameter)) % N
+        wanted.append(torch.randn_like(parameter) * scales[owner].view(-1, 1, 1))
+    loss = sum((parameter * gradient).sum() for parameter, gradient in zip(parameters, wanted, strict=True))
+    before = [parameter.detach().clone() for parameter in parameters]
+    script.step(loss, network, torch.optim.SGD(parameters, lr=1.0), N, 0.5)
+    moved = [(old - new).detach() for old, new in zip(before, parameters, strict=True)]
+    for i in range(N):
+        given = torch.cat([gradient[i::N].flatten() for gradient in wanted])  # both twins of agent i
+        expected = given * min(1.0, 0.5 / given.norm().item())
+        found = torch.cat([difference[i::N].flatten() for difference in moved])
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-5)
+        assert found.norm() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_step_moves_one_network_only(script):
+    """The critic's step must not leave gradients or changes anywhere else, nor the actor's."""
+    for name in ("critic", "actor"):
+        nets, batch, args = make_nets(script, False), make_batch(False), make_args(script)
+        before = {key: value.clone() for key, value in nets.state_dict().items()}
+        loss_of = getattr(script, f"{name}_loss")
+        loss, _ = loss_of(batch, batch["individual_rewards"], nets, args)
+        network = getattr(nets, name)
+        script.step(loss, network, torch.optim.Adam(network.parameters(), lr=1e-2), N, 0.5)
+        for key, value in nets.state_dict().items():
+            weight = key.startswith(f"{name}.") and not key.endswith((".mean", ".std"))
+            assert torch.equal(value, before[key]) != weight, key
+        others = [p for other, module in nets.named_children() if other != name for p in module.parameters()]
+        assert all(parameter.grad is None for parameter in others)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_targets_move_in_place(script):
+    """target + rate (network - target), in the same storage: new tensors would be lost to a captured graph."""
+    nets = make_nets(script, False)
+    for target, network in ((nets.critic_target, nets.critic), (nets.actor_target, nets.actor)):
+        old = [(parameter, parameter.data_ptr(), array(parameter).copy()) for parameter in target.parameters()]
+        source = [array(parameter).copy() for parameter in network.parameters()]
+        script.move_target(target, network, 0.25)
+        for (parameter, pointer, value), goal, now in zip(old, source, network.parameters(), strict=True):
+            assert parameter.data_ptr() == pointer and not parameter.requires_grad
+            close(parameter, value + 0.25 * (goal - value))
+            np.testing.assert_array_equal(array(now), goal)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_targets_start_as_copies(script):
+    """A target of other random weights would bootstrap from noise for the first hundreds of iterations."""
+    nets = script.Networks(N, OBS, A, 8, False)
+    for target, network in ((nets.critic_target, nets.critic), (nets.actor_target, nets.actor)):
+        for ours, theirs in zip(target.parameters(), network.parameters(), strict=True):
+            assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()
+    # Twins and agents start apart, or they would stay the same for ever.
+    layer = nets.critic.layer2.weight
+    assert all(not torch.equal(layer[i], layer[j]) for i in range(2 * N) for j in range(i))

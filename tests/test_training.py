@@ -1,0 +1,295 @@
+"""What an update may touch and what it must not, the four kinds of credit, and that each script learns a tiny task."""
+
+import csv
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+from causal_model import CausalModel
+
+SCRIPTS = [importlib.import_module(name) for name in toy.SCRIPTS]
+N, OBS = 2, 2  # agents, observation
+
+
+def make(script, discrete=False, **changes):
+    """(args, networks, causal model, optimizers) as a run makes them, and a dataset: the same for the same seed."""
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    assert changes.keys() <= known
+    args = script.Args(cuda=False, hidden_dim=16, **changes)
+    action_dim = 5 if discrete else 2
+    torch.manual_seed(0)
+    nets = script.Networks(N, OBS, action_dim, args.hidden_dim, discrete)
+    model = CausalModel(
+        N, N * OBS, action_dim, args.graph, [0, 0, 1, 1], args.anchor, args.lambda1, args.lambda2, args.h
+    )
+    optimizers = {
+        "causal": torch.optim.Adam(model.parameter_groups(args.causal_learning_rate)),
+        "critic": torch.optim.Adam(nets.critic.parameters(), lr=args.learning_rate),
+        "actor": torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate),
+    }
+    return args, nets, model, optimizers
+
+
+def make_data(discrete=False, transitions=64):
+    arrays = toy.record(toy.Matching(discrete), transitions)
+    arrays["next_actions"] = np.roll(arrays["actions"], -1, axis=0)
+    arrays["has_next_action"] = ~arrays["timeouts"]
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
+
+
+def weights(*modules):
+    return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+
+
+def same(before, after):
+    return all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def updated(script, data, iterations=3, discrete=False, policy=True, causal=True, **changes):
+    """Networks and causal model after some updates on the whole of `data`, always with the same random numbers."""
+    args, nets, model, optimizers = make(script, discrete, **changes)
+    for iteration in range(iterations):
+        torch.manual_seed(iteration)
+        script.update(data, nets, model, optimizers, args, policy, causal)
+    return nets, model
+
+
+# ---- what an update may touch ----
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_policy_and_causal_model_learn_from_their_own_losses(script, discrete):
+    """The policy's losses must not move the causal model, and the causal loss must move nothing else."""
+    data = make_data(discrete)
+    args, nets, model, _ = make(script, discrete)
+    start, causal_start = weights(nets), weights(model)
+    _, both_model = updated(script, data, iterations=1, discrete=discrete)
+    only_policy, frozen = updated(script, data, iterations=1, discrete=discrete, causal=False)
+    untouched, only_causal = updated(script, data, iterations=1, discrete=discrete, policy=False)
+    assert same(causal_start, weights(frozen)) and same(start, weights(untouched))
+    assert not same(causal_start, weights(only_causal)) and not same(start, weights(only_policy))
+    assert same(weights(both_model), weights(only_causal))  # the policy beside it changed nothing
+    # Nor is there a path in the graph: the losses that the policy is trained on do not know the causal model.
+    rewards = script.assign_credit(data, args, model, nets.actor.action_dim)
+    assert not rewards.requires_grad
+    for loss in (script.critic_loss, script.actor_loss):
+        value, _ = loss(data, rewards, nets, args)
+        found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, retain_graph=True)
+        assert all(gradient is None for gradient in found)
+    causal_loss, _ = model.loss(*script.causal_inputs(data, nets.actor.action_dim), data["rewards"])
+    found = torch.autograd.grad(causal_loss, trained(nets), allow_unused=True)
+    assert all(gradient is None for gradient in found)
+
+
+def trained(nets):
+    return [parameter for parameter in nets.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_network_moves(script):
+    """An update that forgets the critics, a target or the second twin would still run."""
+    args, nets, model, _ = make(script)
+    start = weights(nets)
+    after, _ = updated(script, make_data(), iterations=2)
+    for before, (name, parameter) in zip(start, after.named_parameters(), strict=True):
+        assert all(not torch.equal(*pair) for pair in zip(before, parameter, strict=True)), name
+    for name in ("actor", "critic"):  # after one update from equality, a target has gone 1 % of the way
+        args, nets, model, optimizers = make(script, target_rate=0.01)
+        old = weights(getattr(nets, name))
+        script.update(make_data(), nets, model, optimizers, args, True, True)
+        moved = zip(old, weights(getattr(nets, name)), weights(getattr(nets, f"{name}_target")), strict=True)
+        for before, new, target in moved:
+            torch.testing.assert_close(target, before + 0.01 * (new - before), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_recorded_individual_rewards_are_never_used(script, discrete):
+    """Under macca, team and uniform, training on other recorded individual rewards ends in the same weights."""
+    data = make_data(discrete)
+    lies = dict(data, individual_rewards=torch.randn_like(data["individual_rewards"]))
+    without = {name: value for name, value in data.items() if name != "individual_rewards"}
+    for credit in ("macca", "team", "uniform"):
+        nets, model = updated(script, data, discrete=discrete, credit=credit)
+        for other in (lies, without):
+            other_nets, other_model = updated(script, other, discrete=discrete, credit=credit)
+            assert same(weights(nets, model), weights(other_nets, other_model))
+    nets, _ = updated(script, data, discrete=discrete, credit="truth")
+    other_nets, _ = updated(script, lies, discrete=discrete, credit="truth")
+    assert not same(weights(nets), weights(other_nets))  # truth does use them, and so does --causal-target truth:
+    _, model = updated(script, data, discrete=discrete, causal_target="truth")
+    _, other_model = updated(script, lies, discrete=discrete, causal_target="truth")
+    assert not same(weights(model), weights(other_model))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_agents_learn_independently(script, discrete):
+    """Other observations, actions and rewards of the second agent must leave the first one's networks bit-identical."""
+    data = make_data(discrete)
+    other = {name: value.clone() for name, value in data.items()}
+    for name in ("observations", "next_observations", "individual_rewards"):
+        other[name][:, 1] = 1000 * torch.randn_like(other[name][:, 1])  # gradients of a wholly different size
+    for name in ("actions", "next_actions"):
+        other[name][:, 1] = other[name][:, 1].flip(0) if discrete else -other[name][:, 1]
+    if discrete:
+        other["action_masks"][:, 1] = other["next_action_masks"][:, 1] = True
+    nets, _ = updated(script, data, discrete=discrete, credit="truth", causal=False)
+    other_nets, _ = updated(script, other, discrete=discrete, credit="truth", causal=False)
+    for (name, one), two in zip(nets.named_parameters(), other_nets.parameters(), strict=True):
+        assert torch.equal(one[0::N], two[0::N]), name  # agent 0: the first actor, the first critic of each twin
+        assert not torch.equal(one[1::N], two[1::N]), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_recorded_state_is_used(script):
+    """Where a dataset brings a joint state, the causal model must see that and not the observations."""
+    data = make_data()
+    action = data["actions"]
+    state, joint = script.causal_inputs(data, 2)
+    assert torch.equal(state, data["observations"].flatten(1)) and torch.equal(joint, action)
+    states = torch.randn(64, 7)
+    assert torch.equal(script.causal_inputs({**data, "states": states}, 2)[0], states)
+    discrete = make_data(True)
+    state, joint = script.causal_inputs(discrete, 5)
+    assert joint.shape == (64, 2, 5) and joint.dtype == torch.float32
+    for row in range(64):
+        for agent in range(2):
+            expected = [float(choice == discrete["actions"][row, agent]) for choice in range(5)]
+            assert joint[row, agent].tolist() == expected
+
+
+# ---- credit ----
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_credit(script):
+    """The four answers of --credit, in the team reward's units."""
+    data = make_data()
+    for credit in ("team", "uniform", "truth", "macca"):
+        args, _, model, _ = make(script, credit=credit)
+        model.fit_statistics(data["observations"].flatten(1), data["rewards"])
+        rewards = script.assign_credit(data, args, model, 2)
+        assert rewards.shape == (64, N)
+        for row in range(64):
+            for agent in range(N):
+                team, found = data["rewards"][row].item(), rewards[row, agent].item()
+                if credit == "team":
+                    assert found == team
+                elif credit == "uniform":
+                    assert found == pytest.approx(team / N)
+                elif credit == "truth":
+                    assert found == data["individual_rewards"][row, agent].item()
+        if credit == "macca":
+            expected = model.assign(data["observations"].flatten(1), data["actions"])
+            torch.testing.assert_close(rewards, expected)
+            assert not torch.equal(rewards[:, 0], rewards[:, 1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_standardized_rewards(script, monkeypatch):
+    """Each agent's rewards have mean 0 and deviation 1 over the minibatch; team and uniform are then the same."""
+    data, seen = make_data(), []
+    genuine = script.critic_loss
+    monkeypatch.setattr(
+        script, "critic_loss", lambda batch, rewards, *rest: seen.append(rewards) or genuine(batch, rewards, *rest)
+    )
+    for credit in ("team", "uniform", "truth", "macca"):
+        updated(script, data, iterations=1, credit=credit, standardize_rewards=True)
+        torch.testing.assert_close(seen[-1].mean(0), torch.zeros(N), atol=1e-5, rtol=0)
+        torch.testing.assert_close(seen[-1].std(0), torch.ones(N), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=1e-4)
+    expected = (data["individual_rewards"] - data["individual_rewards"].mean(0)) / data["individual_rewards"].std(0)
+    torch.testing.assert_close(seen[2], expected, atol=1e-4, rtol=1e-4)
+    for credit in ("team", "truth"):
+        updated(script, data, iterations=1, credit=credit, standardize_rewards=False)
+    torch.testing.assert_close(seen[-2], data["rewards"][:, None].expand(-1, N))
+    torch.testing.assert_close(seen[-1], data["individual_rewards"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_credit_comes_before_the_causal_step(script, monkeypatch):
+    """Algorithm 1: rewards (line 4) are assigned with the model as it was, then the model is stepped (line 5)."""
+    data, seen = make_data(), []
+    args, nets, model, optimizers = make(script, standardize_rewards=False)
+    expected = model.assign(data["observations"].flatten(1), data["actions"])
+    genuine = script.critic_loss
+    monkeypatch.setattr(
+        script, "critic_loss", lambda batch, rewards, *rest: seen.append(rewards) or genuine(batch, rewards, *rest)
+    )
+    script.update(data, nets, model, optimizers, args, True, True)
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_measured_credit(script):
+    """Table 13's numbers and the skill against the uniform split, by hand; Eq. 6's masks give the densities."""
+    data = make_data()
+    args, nets, model, _ = make(script, h=0.5)
+    with torch.no_grad():
+        model.edge_logits.copy_(torch.randn_like(model.edge_logits) * 3)
+    model.fit_statistics(data["observations"].flatten(1), data["rewards"])
+    metadata = {"random_return": -6.0, "expert_return": 2.0, "paper_random_return": 0.0, "paper_expert_return": 1.0}
+    row = script.measure(toy.Matching(), nets, model, data, metadata, args, 2)
+    assigned = model.assign(data["observations"].flatten(1), data["actions"]).numpy()
+    truth, team = data["individual_rewards"].numpy(), data["rewards"].numpy()
+    mse = ((assigned - truth) ** 2).mean()
+    assert row["credit_mse"] == pytest.approx(mse, rel=1e-4)
+    assert row["credit_mae"] == pytest.approx(np.abs(assigned - truth).mean(), rel=1e-4)
+    assert row["credit_skill"] == pytest.approx(1 - mse / ((team[:, None] / N - truth) ** 2).mean(), rel=1e-4)
+    assert row["team_nmse"] == pytest.approx(((assigned.sum(1) - team) ** 2).mean() / team.var(ddof=1), rel=1e-4)
+    edges = torch.sigmoid(model.edge_logits.detach())  # the dynamic part is zero before training
+    assert row["state_density"] == pytest.approx((edges[:, : N * OBS] >= 0.5).float().mean().item())
+    assert row["action_density"] == pytest.approx((edges[:, N * O :] >= 0.5).float().mean().item())
+    assert row["score"] == pytest.approx(100 * (row["return"] + 6) / 8)
+    assert row["score_paper"] == pytest.approx(100 * row["return"])
+    # The return is the mean over agents, summed over the episode, of episodes with the seeds that the run names.
+    returns = script.evaluate(toy.Matching(), nets.actor, 2, 1000 * args.seed, torch.device("cpu"))["return"]
+    by_hand = []
+    for episode in range(2):
+        env, total = toy.Matching(), 0.0
+        observations, _ = env.reset(seed=1000 * args.seed + episode)
+        while env.agents:
+            joint = torch.tensor(np.array([observations[agent] for agent in toy.AGENTS]))[:, None]  # [N, 1, OBS]
+            actions = nets.actor.act(joint)[:, 0].detach().numpy()
+            observations, rewards, *_ = env.step(dict(zip(toy.AGENTS, actions, strict=True)))
+            total += (rewards["a"] + rewards["b"]) / 2
+        by_hand.append(total)
+    np.testing.assert_allclose(returns, by_hand, rtol=1e-5)
+    assert row["return"] == pytest.approx(np.mean(by_hand)) and row["return_std"] == pytest.approx(np.std(by_hand))
+
+
+# ---- learning ----
+
+# Returns of an episode of 5 steps, mean over agents. Continuous: random actions -6.7, the mean action (behaviour
+# cloning on this data) -3.3, the best 0. Discrete: random actions and behaviour cloning 1.25, the best 5.
+MARGIN = {False: -0.5, True: 4.6}
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    return {d: toy.write(folder / f"discrete{d}.npz", d, transitions=5000) for d in (False, True)}
+
+
+@pytest.mark.parametrize("credit", ["truth", "uniform", "macca"])
+@pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("script", toy.SCRIPTS)
+def test_learns_a_tiny_task(script, discrete, credit, datasets, tmp_path, monkeypatch):
+    """From random actions to nearly the best policy within a few hundred iterations, through the command line."""
+    flags = ["--env", f"toy:matching{'_discrete' if discrete else ''}", "--dataset", datasets[discrete], "--no-cuda"]
+    flags += ["--credit", credit, "--learning-rate", 3e-3, "--batch-size", 128, "--gamma", 0.5, "--hidden-dim", 32]
+    flags += ["--total-iterations", 600 if credit == "macca" else 300, "--final-episodes", 50]
+    flags += ["--beta", 0.1] if script == "macca_icq" else []
+    status, _, stderr = toy.run(script, tmp_path, *flags, monkeypatch=monkeypatch)
+    assert status == 0, stderr
+    with open(toy.run_folder(tmp_path) / "metrics.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["return"]) > MARGIN[discrete]
+    if credit == "macca":  # the uniform split has skill 0, the recorded individual rewards have 1
+        assert float(last["credit_skill"]) > 0.8 and float(last["team_nmse"]) < 0.2
