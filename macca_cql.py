@@ -64,6 +64,8 @@ class Args:
     """Adam's learning rate of actors and critics"""
     hidden_dim: int = 64
     """width of the two hidden layers of actors and critics"""
+    layer_norm: bool = True
+    """normalise the hidden layers of the critics"""
     target_rate: float = 0.01
     """share of the way that target networks move towards their networks each iteration"""
     max_grad_norm: float = 0.5
@@ -102,7 +104,7 @@ class Args:
     """iterations of the causal model alone under `--causal-schedule first`, before the `--total-iterations`"""
 
     # Algorithm specific
-    alpha: float = 1.0
+    alpha: float = 0.2
     """weight of the conservative penalty (Eq. 7)"""
     cql_samples: int = 5
     """actions drawn uniformly for the penalty's logsumexp, and as many near the policy's (continuous actions)"""
@@ -110,7 +112,7 @@ class Args:
 
 # Tables 9 and 10 of the paper, the latter by the dataset's quality. An anchor of 1 is Eq. 5 to the letter.
 PAPER: dict[str, Any] = {"batch_size": 1024, "learning_rate": 3e-4, "causal_learning_rate": 5e-2, "anchor": 1.0}
-PAPER |= {"h": 0.1, "gamma": 0.95, "hidden_dim": 64, "standardize_rewards": False}
+PAPER |= {"h": 0.1, "gamma": 0.95, "hidden_dim": 64, "standardize_rewards": False, "layer_norm": False}
 PAPER_QUALITY: dict[str, dict[str, Any]] = {
     "expert": {"alpha": 5.0, "lambda1": 7e-3, "lambda2": 7e-3},
     "medium": {"alpha": 0.5, "lambda1": 5e-3, "lambda2": 5e-3},
@@ -337,8 +339,11 @@ class Critic(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
+    def __init__(
+        self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool, layer_norm: bool
+    ):
         super().__init__()
+        self.layer_norm = layer_norm
         self.register_buffer("mean", torch.zeros(agents, 1, observation_dim))
         self.register_buffer("std", torch.ones(agents, 1, observation_dim))
         self.layer1 = StackedLinear(2 * agents, observation_dim, hidden_dim)
@@ -357,18 +362,24 @@ class Critic(nn.Module):
             # The first layer is linear, so the observation's part of it is computed once for all K actions.
             part = torch.bmm(actions.flatten(1, 2).repeat(twins, 1, 1), self.action_weight[: len(x)])
             x = (x[:, :, None] + part.view(*x.shape[:2], -1, x.shape[2])).flatten(1, 2)  # [twins N, B K, hidden]
-        x = F.relu(self.layer2(F.relu(x, inplace=True)), inplace=True)
+        x = F.relu(self.normalize(x), inplace=True)
+        x = F.relu(self.normalize(self.layer2(x)), inplace=True)
         return self.layer3(x).view(twins, agents, batch, -1)
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Layer normalisation keeps Q bounded where the data have no actions, so that errors there do not compound."""
+        return F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x
 
 
 class Networks(nn.Module):
     """Actors and critics with their target networks."""
 
-    def __init__(self, agents: int, observation_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
+    def __init__(self, agents: int, observation_dim: int, action_dim: int, discrete: bool, args: Args):
         super().__init__()
-        sizes = (agents, observation_dim, action_dim, hidden_dim, discrete)
+        sizes = (agents, observation_dim, action_dim, args.hidden_dim, discrete)
         self.actor, self.actor_target = Actor(*sizes), Actor(*sizes).requires_grad_(False)
-        self.critic, self.critic_target = Critic(*sizes), Critic(*sizes).requires_grad_(False)
+        self.critic, self.critic_target = (Critic(*sizes, args.layer_norm) for _ in range(2))
+        self.critic_target.requires_grad_(False)
         self.actor_target.load_state_dict(self.actor.state_dict())
         self.critic_target.load_state_dict(self.critic.state_dict())
 
@@ -590,7 +601,7 @@ if __name__ == "__main__":
     num_agents, observation_dim = observations.shape[1:]
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     action_dim = int(space.n) if discrete else space.shape[0]
-    nets = Networks(num_agents, observation_dim, action_dim, args.hidden_dim, discrete).to(device)
+    nets = Networks(num_agents, observation_dim, action_dim, discrete, args).to(device)
     nets.fit_statistics(observations)
     # The joint state is the observations side by side, unless the dataset brings one of its own, which nobody owns.
     states = data["states"] if "states" in data else observations.flatten(1)

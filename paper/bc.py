@@ -72,7 +72,7 @@ if __name__ == "__main__":
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     agents, observation_dim = data["observations"].shape[1:]
     action_dim = int(space.n) if discrete else space.shape[0]
-    nets = base.Networks(agents, observation_dim, action_dim, args.hidden_dim, discrete).to(device)
+    nets = base.Networks(agents, observation_dim, action_dim, discrete, shared).to(device)
     nets.fit_statistics(data["observations"])
     optimizer = torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True)
 

@@ -96,7 +96,7 @@ if __name__ == "__main__":
     device = torch.device("cuda" if args.cuda else "cpu")
     data = {name: tensor.to(device) for name, tensor in data.items()}
     agents, observation_dim = data["observations"].shape[1:]
-    nets = base.Networks(agents, observation_dim, 2, settings["team"].hidden_dim, False).to(device)
+    nets = base.Networks(agents, observation_dim, 2, False, settings["team"]).to(device)
     nets.fit_statistics(data["observations"])
     owner = [agent for agent in range(agents) for _ in range(observation_dim)]
     causal_model = CausalModel(agents, agents * observation_dim, 2, state_owner=owner).to(device)
