@@ -54,7 +54,7 @@ class Args:
     """seed of weights, minibatches and evaluation episodes"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
-    total_iterations: int = 5_000
+    total_iterations: int = 3_000
     """iterations, each one update of everything; 0 evaluates `--checkpoint` and ends"""
     batch_size: int = 256
     """transitions in a minibatch, each with all agents"""
@@ -106,7 +106,7 @@ class Args:
     # Algorithm specific
     expectile: float = 0.7
     """expectile tau of the critic's error (Eq. 9): 0.5 is the mean of the dataset's continuations, near 1 their best"""
-    beta: float = 1.0
+    beta: float = 0.3
     """temperature of the actor's weights softmax(advantage / beta): small imitates the best few actions only"""
 
 

@@ -54,7 +54,7 @@ class Args:
     """seed of weights, minibatches and evaluation episodes"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
-    total_iterations: int = 5_000
+    total_iterations: int = 3_000
     """iterations, each one update of everything; 0 evaluates `--checkpoint` and ends"""
     batch_size: int = 256
     """transitions in a minibatch, each with all agents"""
@@ -104,7 +104,7 @@ class Args:
     """iterations of the causal model alone under `--causal-schedule first`, before the `--total-iterations`"""
 
     # Algorithm specific
-    alpha: float = 0.2
+    alpha: float = 1.0
     """weight of the conservative penalty (Eq. 7)"""
     cql_samples: int = 5
     """actions drawn uniformly for the penalty's logsumexp, and as many near the policy's (continuous actions)"""

@@ -33,7 +33,7 @@ class Args:
     """seed of weights, minibatches and evaluation episodes"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
-    total_iterations: int = 10_000
+    total_iterations: int = 3_000
     """gradient steps"""
     batch_size: int = 256
     """transitions in a minibatch, each with all agents"""

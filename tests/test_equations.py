@@ -21,10 +21,11 @@ def make_args(script, **changes):
     return script.Args(cuda=False, **{name: value for name, value in changes.items() if name in known})
 
 
-def make_nets(script, discrete):
+def make_nets(script, discrete, layer_norm=True):
     """Networks whose targets differ from them, with weights large enough for the Q-values to matter."""
     torch.manual_seed(0)
-    nets = script.Networks(N, OBS, CHOICES if discrete else A, 8, discrete)
+    args = make_args(script, hidden_dim=8, layer_norm=layer_norm)
+    nets = script.Networks(N, OBS, CHOICES if discrete else A, discrete, args)
     with torch.no_grad():
         for parameter in nets.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.6)
@@ -59,6 +60,11 @@ def array(tensor):
     return tensor.detach().double().numpy()
 
 
+def normalize(critic, x):
+    """Layer normalisation over the hidden units, where the critic has it."""
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) if critic.layer_norm else x
+
+
 def slow_q(critic, twin, agent, observation, action=None):
     """Q of one agent's twin: a number for one action [A], or a vector of all discrete actions."""
     k = twin * N + agent
@@ -66,8 +72,8 @@ def slow_q(critic, twin, agent, observation, action=None):
     x = x @ array(critic.layer1.weight[k]) + array(critic.layer1.bias[k, 0])
     if action is not None:
         x = x + array(action) @ array(critic.action_weight[k])
-    x = np.maximum(x, 0) @ array(critic.layer2.weight[k]) + array(critic.layer2.bias[k, 0])
-    x = np.maximum(x, 0) @ array(critic.layer3.weight[k]) + array(critic.layer3.bias[k, 0])
+    x = np.maximum(normalize(critic, x), 0) @ array(critic.layer2.weight[k]) + array(critic.layer2.bias[k, 0])
+    x = np.maximum(normalize(critic, x), 0) @ array(critic.layer3.weight[k]) + array(critic.layer3.bias[k, 0])
     return x if action is None else x[0]
 
 
@@ -96,9 +102,10 @@ def close(tensor, expected, rtol=1e-4, atol=1e-5):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_networks(script):
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_networks(script, layer_norm):
     """Every agent's actor and both of its critics are separate networks; K actions in one call are K calls."""
-    nets, batch = make_nets(script, False), make_batch(False)
+    nets, batch = make_nets(script, False, layer_norm), make_batch(False)
     observations, candidates = batch["observations"].transpose(0, 1), torch.rand(N, B, 4, A) * 2 - 1
     q, policy = nets.critic(observations, candidates), nets.actor(observations)
     expected_q, expected_policy = np.zeros((2, N, B, 4)), np.zeros((N, B, A))
@@ -115,9 +122,10 @@ def test_networks(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_discrete_networks(script):
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_discrete_networks(script, layer_norm):
     """One Q and one logit per action; an action that is not allowed is never played, whatever its logit."""
-    nets, batch = make_nets(script, True), make_batch(True)
+    nets, batch = make_nets(script, True, layer_norm), make_batch(True)
     observations, masks = batch["observations"].transpose(0, 1), batch["action_masks"].transpose(0, 1)
     q, played = nets.critic(observations), nets.actor.act(observations, masks)
     unrestricted = 0
@@ -135,7 +143,7 @@ def test_discrete_networks(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_input_statistics(script):
     """Inputs are standardised by each agent's own mean and deviation, in the targets too; a constant one is left."""
-    nets = script.Networks(N, OBS, A, 8, False)
+    nets = script.Networks(N, OBS, A, False, make_args(script))
     data = torch.randn(200, N, OBS) * (1 + torch.arange(N)[:, None]) + 10 * torch.arange(N)[:, None]
     data[:, :, 2] = 7.0
     nets.fit_statistics(data)
@@ -189,7 +197,7 @@ def test_conservative_critic_loss(script, discrete):
                     q = slow_q(nets.critic, twin, i, observations[i, b], batch["actions"][b, i])
                     terms = [
                         slow_q(nets.critic, twin, i, observations[i, b], candidates[i, b, k])
-                        - float(log_density[i, b, k])
+                        - log_density[i, b, k].item()
                         for k in range(candidates.shape[2])
                     ]
                     soft = log_sum_exp(np.array(terms))
@@ -529,7 +537,7 @@ def test_targets_move_in_place(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_targets_start_as_copies(script):
     """A target of other random weights would bootstrap from noise for the first hundreds of iterations."""
-    nets = script.Networks(N, OBS, A, 8, False)
+    nets = script.Networks(N, OBS, A, False, make_args(script))
     for target, network in ((nets.critic_target, nets.critic), (nets.actor_target, nets.actor)):
         for ours, theirs in zip(target.parameters(), network.parameters(), strict=True):
             assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr()

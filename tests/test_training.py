@@ -22,7 +22,7 @@ def make(script, discrete=False, **changes):
     args = script.Args(cuda=False, hidden_dim=16, **changes)
     action_dim = 5 if discrete else 2
     torch.manual_seed(0)
-    nets = script.Networks(N, OBS, action_dim, args.hidden_dim, discrete)
+    nets = script.Networks(N, OBS, action_dim, discrete, args)
     model = CausalModel(
         N, N * OBS, action_dim, args.graph, [0, 0, 1, 1], args.anchor, args.lambda1, args.lambda2, args.h
     )
@@ -245,7 +245,7 @@ def test_measured_credit(script):
     assert row["team_nmse"] == pytest.approx(((assigned.sum(1) - team) ** 2).mean() / team.var(ddof=1), rel=1e-4)
     edges = torch.sigmoid(model.edge_logits.detach())  # the dynamic part is zero before training
     assert row["state_density"] == pytest.approx((edges[:, : N * OBS] >= 0.5).float().mean().item())
-    assert row["action_density"] == pytest.approx((edges[:, N * O :] >= 0.5).float().mean().item())
+    assert row["action_density"] == pytest.approx((edges[:, N * OBS :] >= 0.5).float().mean().item())
     assert row["score"] == pytest.approx(100 * (row["return"] + 6) / 8)
     assert row["score_paper"] == pytest.approx(100 * row["return"])
     # The return is the mean over agents, summed over the episode, of episodes with the seeds that the run names.
@@ -255,7 +255,7 @@ def test_measured_credit(script):
         env, total = toy.Matching(), 0.0
         observations, _ = env.reset(seed=1000 * args.seed + episode)
         while env.agents:
-            joint = torch.tensor(np.array([observations[agent] for agent in toy.AGENTS]))[:, None]  # [N, 1, OBS]
+            joint = torch.tensor(np.array([observations[agent] for agent in toy.AGENTS]))[:, None]  # [N, 1, O]
             actions = nets.actor.act(joint)[:, 0].detach().numpy()
             observations, rewards, *_ = env.step(dict(zip(toy.AGENTS, actions, strict=True)))
             total += (rewards["a"] + rewards["b"]) / 2

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import tqdm
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
@@ -156,6 +157,10 @@ def run(script, folder, *flags, monkeypatch):
     """`python SCRIPT FLAGS` in `folder`, but in this process, which saves importing torch: (status, stdout, stderr)."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    from torch.utils import tensorboard  # not at the top: as an environment this file needs no torch
+
+    writers, genuine = [], tensorboard.SummaryWriter
+    monkeypatch.setattr(tensorboard, "SummaryWriter", lambda *a, **b: writers.append(genuine(*a, **b)) or writers[-1])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     status, stdout, stderr = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -163,10 +168,25 @@ def run(script, folder, *flags, monkeypatch):
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
-        finally:
+        finally:  # what the end of a process would do
+            for writer in writers:
+                writer.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return status, stdout.getvalue(), stderr.getvalue()
+
+
+def after(iterations, action, monkeypatch):
+    """Does something in the middle of training: after that many of a run's iterations."""
+    genuine, count = tqdm.tqdm.update, []
+
+    def update(self, *arguments):
+        count.append(1)
+        if len(count) == iterations:
+            action()
+        return genuine(self, *arguments)
+
+    monkeypatch.setattr(tqdm.tqdm, "update", update)
 
 
 def run_folder(folder):
