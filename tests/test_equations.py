@@ -268,7 +268,7 @@ def test_soft_maximum_is_the_integral(script):
 
         actor_target = actor
 
-    Nets.actor.discrete = False  # type: ignore[attr-defined]
+    Nets.actor.discrete = False
     samples = 20_000
     torch.manual_seed(0)
     batch = {
