@@ -202,3 +202,30 @@ class CausalModel(nn.Module):
         # A gate is 1 with probability sigmoid(logit): this is the expected L1 norm of the drawn masks, without noise.
         penalty = (self.edge_price * torch.sigmoid(logits)).sum((1, 2)).mean()
         return error + penalty, error.detach()
+
+    @torch.no_grad()
+    def report(
+        self,
+        state: torch.Tensor,
+        action: torch.Tensor,
+        team_reward: torch.Tensor,
+        individual_rewards: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """How dense the graph and how good the credit is: scalars, for the arguments of `loss`.
+
+        `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error of
+        the summed credit over the team reward's variance. Where the individual rewards are known, `credit_mse` and
+        `credit_mae` against them, and `credit_skill`, 1 - credit_mse / mse of the even split R / N: 0 is no better than
+        an even split, 1 is perfect. Where all agents earn the same the even split is exact and skill undefined (-inf).
+        """
+        credit = self.assign(state, action)  # [B, N]
+        state_masks, action_masks = self.masks(state, action)
+        team_error = (credit.sum(1) - team_reward).square().mean()
+        report = {"state_density": state_masks.mean(), "action_density": action_masks.mean()}
+        report["team_nmse"] = team_error / team_reward.var()
+        if individual_rewards is not None:
+            error = credit - individual_rewards
+            even_error = team_reward[:, None] / self.num_agents - individual_rewards
+            report["credit_mse"], report["credit_mae"] = error.square().mean(), error.abs().mean()
+            report["credit_skill"] = 1 - report["credit_mse"] / even_error.square().mean()
+        return report

@@ -526,15 +526,7 @@ def measure(
         row["won"] = results["won"].mean()
     if args.credit == "macca" and causal_model:
         inputs = causal_inputs(probe, nets.actor.action_dim)
-        assigned = causal_model.assign(*inputs)  # [B, N]
-        row["state_density"], row["action_density"] = (masks.mean() for masks in causal_model.masks(*inputs))
-        row["team_nmse"] = (assigned.sum(1) - probe["rewards"]).square().mean() / probe["rewards"].var()
-        if "individual_rewards" in probe:
-            error = assigned - probe["individual_rewards"]
-            uniform_error = probe["rewards"][:, None] / causal_model.num_agents - probe["individual_rewards"]
-            row["credit_mse"], row["credit_mae"] = error.square().mean(), error.abs().mean()
-            # Where all agents earn the same, the uniform split is exact and skill against it is not defined (nan).
-            row["credit_skill"] = 1 - row["credit_mse"] / uniform_error.square().mean()
+        row |= causal_model.report(*inputs, probe["rewards"], probe.get("individual_rewards"))
     return {name: float(value) for name, value in row.items()}
 
 
