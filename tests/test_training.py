@@ -143,7 +143,8 @@ def test_agents_learn_independently(script, discrete):
     other_nets, _ = updated(script, other, discrete=discrete, credit="truth", causal=False)
     for (name, one), two in zip(nets.named_parameters(), other_nets.parameters(), strict=True):
         assert torch.equal(one[0::N], two[0::N]), name  # agent 0: the first actor, the first critic of each twin
-        assert not torch.equal(one[1::N], two[1::N]), name
+        if "weight" in name:  # Adam's first steps of a bias depend on the gradient's sign only
+            assert not torch.equal(one[1::N], two[1::N]), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
