@@ -213,8 +213,8 @@ class CausalModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """How dense the graph and how good the credit is: scalars, for the arguments of `loss`.
 
-        `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error of
-        the summed credit over the team reward's variance. Where the individual rewards are known, `credit_mse` and
+        `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error
+        of the summed credit over the team reward's variance. Where the individual rewards are known, `credit_mse` and
         `credit_mae` against them, and `credit_skill`, 1 - credit_mse / mse of the even split R / N: 0 is no better than
         an even split, 1 is perfect. Where all agents earn the same the even split is exact and skill undefined (-inf).
         """
