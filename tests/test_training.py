@@ -165,6 +165,54 @@ def test_the_recorded_state_is_used(script):
             assert joint[row, agent].tolist() == expected
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("stored", ["next_observations", "final_observations"])
+def test_what_follows_a_row(script, discrete, stored, tmp_path):
+    """Next observations, masks and actions are of the same episode, however the file stores them."""
+    transitions = 40
+    arrays = toy.record(toy.Matching(discrete), transitions)
+    ends = arrays["timeouts"].copy()
+    arrays["terminals"][4::10], arrays["timeouts"][4::10] = True, False  # every other episode ends by a terminal
+    changes = {"terminals": arrays["terminals"], "timeouts": arrays["timeouts"], "drop": []}
+    if stored == "final_observations":
+        changes |= {"final_observations": arrays["next_observations"][ends], "drop": ["next_observations"]}
+    path = toy.write(tmp_path / "data.npz", discrete, transitions, **changes)
+    args = script.Args(env=f"toy:matching{'_discrete' if discrete else ''}", cuda=False)
+    data, metadata = script.load_dataset(path, args, toy.Matching(discrete))
+    assert metadata["quality"] == "random"
+    for name, array in arrays.items():
+        assert torch.equal(data[name], torch.from_numpy(array)), name  # nothing is lost, reordered or rounded
+        assert data[name].dtype == torch.from_numpy(array).dtype
+    if script.__name__ == "macca_icq":
+        for row in range(transitions):
+            inside = not arrays["terminals"][row] and not arrays["timeouts"][row] and row + 1 < transitions
+            assert data["has_next_action"][row] == inside
+            if inside:
+                assert data["next_actions"][row].tolist() == arrays["actions"][row + 1].tolist()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_episode_that_the_file_cuts_off(script, tmp_path):
+    """Rows of an episode whose end was not recorded: the last one has no next action, and it does not wrap around."""
+    path = toy.write(tmp_path / "data.npz", transitions=13)  # episodes of 5
+    data, _ = script.load_dataset(path, script.Args(env="toy:matching", cuda=False), toy.Matching())
+    assert not data["timeouts"][12] and len(data["rewards"]) == 13
+    if script.__name__ == "macca_icq":
+        assert data["has_next_action"].tolist() == [row % 5 != 4 and row != 12 for row in range(13)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_minibatches(script):
+    """All arrays of a minibatch are of the same rows, drawn with replacement from all of them."""
+    data = {"rewards": torch.arange(50.0), "observations": torch.arange(50.0)[:, None, None].expand(-1, 2, 3)}
+    batch = script.sample(data, 5000)
+    assert batch["observations"].shape == (5000, 2, 3)
+    assert (batch["observations"] == batch["rewards"][:, None, None]).all()
+    counts = torch.bincount(batch["rewards"].long(), minlength=50)
+    assert counts.min() > 50 and counts.max() < 150  # 100 each, standard deviation 10
+
+
 # ---- credit ----
 
 
