@@ -133,6 +133,7 @@ def check_args(args: Args) -> None:
         if type(value) in (int, float):
             low = 0 if type(value) is float or name in ("seed", "total_iterations", "causal_pretrain_iterations") else 1
             high = 1 if name in ("gamma", "h", "tau", "target_rate", "expectile") else sys.maxsize
+            low = {"batch_size": 2, "beta": 1e-6}.get(name, low)  # one row has no deviation to standardise by
             if not low <= value <= high:
                 fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")
     if args.cuda and not torch.cuda.is_available():
@@ -158,7 +159,9 @@ def make_env(name: str):
         spaces = {(env.observation_space(a).shape, str(env.action_space(a))) for a in env.possible_agents}
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         fail(f"--env {name} is not a PettingZoo parallel environment that can be made here: {error}")
-    space = env.action_space(env.possible_agents[0])
+    space, shape = env.action_space(env.possible_agents[0]), env.observation_space(env.possible_agents[0]).shape
+    if not shape or len(shape) != 1:
+        fail(f"--env {name} has observations of shape {shape}, expected vectors")
     if len(spaces) > 1:
         fail(f"--env {name} has agents with different spaces, expected the same shape for all: {sorted(spaces)}")
     if isinstance(space, gymnasium.spaces.Box):
@@ -213,8 +216,8 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        metadata = json.loads(str(arrays.pop("metadata", "{}")))
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        metadata = dict(json.loads(str(arrays.pop("metadata", "{}"))))
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         fail(f"{path} cannot be read ({error}); expected a complete .npz file without pickled objects")
     required = ["observations", "actions", "rewards", "terminals", "timeouts"]
     if "truth" in (args.credit, args.causal_target):
@@ -227,7 +230,11 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
 
     space = env.action_space(env.possible_agents[0])
     discrete = isinstance(space, gymnasium.spaces.Discrete)
-    steps, agents, choices = len(arrays["rewards"]), len(env.possible_agents), int(space.n) if discrete else 0
+    steps, agents, choices = (
+        len(np.atleast_1d(arrays["observations"])),
+        len(env.possible_agents),
+        int(space.n) if discrete else 0,
+    )
     seen = ("f", (steps, agents, *env.observation_space(env.possible_agents[0]).shape))
     mask = ("b", (steps, agents, choices))
     expected = {
@@ -240,14 +247,17 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
         "timeouts": ("b", (steps,)),
         "action_masks": mask,
         "next_action_masks": mask,
-        "states": ("f", (steps, *arrays.get("states", np.empty((0, 0))).shape[1:])),
+        "states": ("f", (steps, arrays.get("states", arrays["rewards"]).size // max(steps, 1))),
     }
-    for name in expected.keys() & arrays.keys():
+    for name in [name for name in expected if name in arrays]:
         kinds, shape = expected[name]
         if arrays[name].shape != shape or arrays[name].dtype.kind not in kinds or not steps:
             found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
             fail(f"{path}: {name} is {found}, expected kind {kinds} {list(shape)} for --env {args.env}")
-        if "f" in kinds and not np.isfinite(arrays[name]).all():
+        if kinds == "f":
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity and is refused below
+                arrays[name] = arrays[name].astype(np.float32, copy=False)
+        if kinds == "f" and not np.isfinite(arrays[name]).all():
             fail(f"{path}: {name} holds NaN or infinity; every number must be finite")
     low, high = (0, choices - 1) if discrete else (-1, 1)
     if arrays["actions"].min() < low or arrays["actions"].max() > high:
@@ -257,13 +267,18 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
     ends = arrays["terminals"] | arrays["timeouts"]
     if "next_observations" not in arrays:
         final = arrays.pop("final_observations", np.empty(0))
-        if final.shape != (ends.sum(), *seen[1][1:]) or not ends[-1]:
-            fail(f"{path} needs next_observations, or one row of final_observations for each terminal or timeout")
+        fits = final.shape == (ends.sum(), *seen[1][1:]) and final.dtype.kind == "f" and ends[-1]
+        if not fits or not np.isfinite(final).all():
+            fail(f"{path} needs next_observations, or finite final_observations, a row for each terminal or timeout")
         arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
         arrays["next_observations"][ends] = final
     if discrete:
         arrays["actions"] = arrays["actions"].astype(np.int64)
-        arrays.setdefault("action_masks", np.ones((steps, agents, choices), bool))
+        masks = arrays.setdefault("action_masks", np.ones((steps, agents, choices), bool))
+        if not np.take_along_axis(masks, arrays["actions"][..., None], axis=2).all():
+            fail(f"{path}: an action was taken that action_masks forbid; every action taken must be allowed")
+        if "next_action_masks" not in arrays and arrays["timeouts"].any() and not masks.all():
+            fail(f"{path} needs next_action_masks: after a timeout the next row's masks are another episode's")
         arrays.setdefault("next_action_masks", np.roll(arrays["action_masks"], -1, axis=0))
     # The next action is the next row's; the last row of an episode, or of the file, has none.
     arrays["next_actions"], arrays["has_next_action"] = np.roll(arrays["actions"], -1, axis=0), ~ends
@@ -547,7 +562,7 @@ def load(path: Path, identity: dict) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here
-        fail(f"{path} cannot be read ({str(error).splitlines()[0]}); expected a checkpoint.pt or policy.pt")
+        fail(f"{path} cannot be read ({type(error).__name__}); expected a checkpoint.pt or policy.pt")
     for name, value in identity.items():
         found = content.get(name) if isinstance(content, dict) else type(content).__name__
         if found != value:
@@ -562,11 +577,13 @@ if __name__ == "__main__":
         try:
             stored = json.loads((run / "config.json").read_text())["args"]
             args = tyro.cli(Args, default=Args(**{**stored, "cuda": args.cuda}))
+            free = ("resume", "cuda", "total_iterations")
+            changed = [name for name, value in vars(args).items() if name not in free and value != stored[name]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {run} is not a run folder of this script ({error}); expected one with a config.json")
-        changed = [name for name, value in dataclasses.asdict(args).items() if value != stored[name]]
-        if set(changed) - {"resume", "cuda", "total_iterations"}:
+        if changed:
             fail(f"--resume goes on with the run's own arguments, but {changed[0]} is not the run's; leave it out")
+    check_args(args)
     env = make_env(args.env)
     path = dataset_path(args)
     data, metadata = load_dataset(path, args, env)
@@ -575,9 +592,9 @@ if __name__ == "__main__":
         if quality not in PAPER_QUALITY:
             print(f"{path} names no quality of the paper's, so --preset paper takes its row for expert data")
         args = tyro.cli(Args, default=Args(**PAPER, **PAPER_QUALITY.get(quality, PAPER_QUALITY["expert"])))
-    check_args(args)
     script, source = Path(__file__).name, provenance(path)
-    identity = {"script": script, "dataset_sha256": source["dataset_sha256"], "hidden_dim": args.hidden_dim}
+    identity = {"script": script, "dataset_sha256": source["dataset_sha256"]}
+    identity |= {"hidden_dim": args.hidden_dim, "layer_norm": args.layer_norm}
 
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -607,22 +624,30 @@ if __name__ == "__main__":
     if args.checkpoint or args.resume:
         path = run / "checkpoint.pt" if args.resume else Path(args.checkpoint)
         stored = load(path, identity)
-        if "networks" in stored:
-            nets.load_state_dict(stored["networks"])
-            causal_model.load_state_dict(stored["causal_model"])
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(stored["optimizers"][name])
-        elif args.total_iterations == 0:
-            nets.actor.load_state_dict(stored["actor"])
-        else:
+        whole = "networks" in stored
+        if not whole and args.total_iterations:
             fail(f"{path} holds actors alone, which --total-iterations 0 evaluates; to train on give a checkpoint.pt")
+        try:
+            if whole:
+                nets.load_state_dict(stored["networks"])
+                causal_model.load_state_dict(stored["causal_model"])
+                for name, optimizer in optimizers.items():  # the state; the learning rates are this run's
+                    groups = optimizer.state_dict()["param_groups"]
+                    optimizer.load_state_dict({**stored["optimizers"][name], "param_groups": groups})
+            else:
+                nets.actor.load_state_dict(stored["actor"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"{path} is not a whole checkpoint of this script ({str(error).splitlines()[0]}); give another one")
         if args.resume:
             iteration, rows, seconds = stored["iteration"], stored["rows"], stored["seconds"]
+            if iteration > last:
+                fail(f"{run} has done {iteration} iterations, more than --total-iterations leaves for it; give more")
             torch.set_rng_state(stored["rng"])
             if args.cuda and stored["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(stored["cuda_rng"])
     if args.total_iterations == 0:
-        for name, value in measure(env, nets, causal_model, probe, metadata, args, args.final_episodes).items():
+        learned = causal_model if whole else None  # a policy.pt brings none
+        for name, value in measure(env, nets, learned, probe, metadata, args, args.final_episodes).items():
             print(f"{name} {value:.4g}")
         raise SystemExit
 
@@ -674,10 +699,13 @@ if __name__ == "__main__":
         iteration += 1
         progress.update()
         evaluates = iteration % args.eval_interval == 0 and iteration < last
-        if iteration % 100 == 0 or evaluates or iteration == last:
+        if iteration % 100 == 0 or evaluates or iteration == last or signals:
             for name, value in losses.items():
                 if not torch.isfinite(value):
-                    kept = f"the last good checkpoint is in {run}" if rows else "there was no checkpoint yet"
+                    there = (run / "checkpoint.pt").exists()
+                    kept = f"the last good checkpoint is in {run}" if there else "there was no checkpoint yet"
+                    progress.close()
+                    writer.close()
                     fail(f"{name} is {value.item()} at iteration {iteration}; {kept}; try a smaller --learning-rate")
                 writer.add_scalar(f"losses/{name}", value.item(), iteration)
             writer.add_scalar("charts/iterations_per_second", progress.format_dict["rate"] or 0, iteration)
