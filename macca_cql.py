@@ -230,11 +230,8 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
 
     space = env.action_space(env.possible_agents[0])
     discrete = isinstance(space, gymnasium.spaces.Discrete)
-    steps, agents, choices = (
-        len(np.atleast_1d(arrays["observations"])),
-        len(env.possible_agents),
-        int(space.n) if discrete else 0,
-    )
+    steps, agents = len(np.atleast_1d(arrays["observations"])), len(env.possible_agents)
+    choices = int(space.n) if discrete else 0
     seen = ("f", (steps, agents, *env.observation_space(env.possible_agents[0]).shape))
     mask = ("b", (steps, agents, choices))
     expected = {
