@@ -28,7 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "paper" / "results"
 
-# name -> (seeds, {row label: command without the seed}). The first row of a table is what the others are compared with.
+# name -> (seeds, {row label: command without the seed; {data} is this task's folder of datasets}). The first row of a table is what the others are compared with.
 TABLES: dict[str, tuple[list[int], dict[str, str]]] = {}
 
 # Cooperative Navigation, expert data: what is credit, what is scale? "raw" rewards are not standardised.
@@ -43,6 +43,7 @@ TABLES["cn-expert"] = (
         "MACCA-OMAR, raw": "macca_omar.py --no-standardize-rewards",
         "OMAR, team reward, raw": "macca_omar.py --credit team --no-standardize-rewards",
         "OMAR, uniform split, raw": "macca_omar.py --credit uniform --no-standardize-rewards",
+        "OMAR, shuffled rewards": "macca_omar.py --credit uniform --dataset {data}/expert-shuffled.npz",  # by shuffle.py
         "MACCA-CQL": "macca_cql.py",
         "MACCA-ICQ": "macca_icq.py",
     },
@@ -103,7 +104,7 @@ class Args:
 def run(command: str) -> dict[str, str]:
     """Run one script in a folder of its own and return its row: scores of the last and the best policy, provenance."""
     with tempfile.TemporaryDirectory() as folder:
-        script, *arguments = command.split()
+        script, *arguments = command.replace("{data}", str(ROOT / "data/datasets/mpe/simple_spread")).split()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         started = time.monotonic()
         done = subprocess.run(
