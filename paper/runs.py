@@ -28,7 +28,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "paper" / "results"
 
-# name -> (seeds, {row label: command without the seed; {data} is this task's folder of datasets}). The first row of a table is what the others are compared with.
+# name -> (seeds, {row label: command without the seed}). The first row of a table is what the others are compared with;
+# {data} in a command is Cooperative Navigation's folder of datasets.
 TABLES: dict[str, tuple[list[int], dict[str, str]]] = {}
 
 # Cooperative Navigation, expert data: what is credit, what is scale? "raw" rewards are not standardised.
@@ -43,7 +44,8 @@ TABLES["cn-expert"] = (
         "MACCA-OMAR, raw": "macca_omar.py --no-standardize-rewards",
         "OMAR, team reward, raw": "macca_omar.py --credit team --no-standardize-rewards",
         "OMAR, uniform split, raw": "macca_omar.py --credit uniform --no-standardize-rewards",
-        "OMAR, shuffled rewards": "macca_omar.py --credit uniform --dataset {data}/expert-shuffled.npz",  # by shuffle.py
+        # made by paper/shuffle.py from the expert dataset
+        "OMAR, shuffled rewards": "macca_omar.py --credit uniform --dataset {data}/expert-shuffled.npz",
         "MACCA-CQL": "macca_cql.py",
         "MACCA-ICQ": "macca_icq.py",
     },
