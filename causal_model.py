@@ -13,10 +13,12 @@ the joint state and joint action (Eq. 2). Two networks are fitted to the team re
 
 The file knows nothing of any policy: whatever learns from rewards can use it.
 
-    model = CausalModel(num_agents=3, state_dim=54, action_dim=2)
+    owner = [agent for agent in range(3) for _ in range(18)]        # the state: 18 dimensions of each of 3 agents
+    model = CausalModel(num_agents=3, state_dim=54, action_dim=2, state_owner=owner)
     model.fit_statistics(states, team_rewards)                      # once, from the dataset
     optimizer = torch.optim.Adam(model.parameter_groups())
-    loss, _ = model.loss(state, action, team_reward)                # one step of Algorithm 1, line 5
+    loss, _ = model.loss(state, action, team_reward)                # Algorithm 1, line 5, then as with any loss:
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
     rewards = model.assign(state, action)                           # [batch, num_agents], Algorithm 1, line 4
 """
 
@@ -67,6 +69,8 @@ class CausalModel(nn.Module):
         hidden_dim: int = 256,
     ):
         super().__init__()
+        if graph not in ("dynamic", "fixed", "full"):
+            raise ValueError(f"graph is {graph!r}, expected 'dynamic', 'fixed' or 'full'")
         self.num_agents, self.state_dim, self.graph, self.h = num_agents, state_dim, graph, h
         num_parents = state_dim + num_agents * action_dim
 
@@ -179,6 +183,13 @@ class CausalModel(nn.Module):
         Returns:
             The loss, and its squared-error part alone (detached), as a share of the team reward's variance.
         """
+        shapes = {
+            "team_reward": (team_reward, (len(state),)),
+            "individual_rewards": (individual_rewards, action.shape[:2]),
+        }
+        for name, (given, shape) in shapes.items():
+            if given is not None and given.shape != shape:  # torch would broadcast it to a wrong loss
+                raise ValueError(f"{name} has shape {list(given.shape)}, expected {list(shape)}")
         parents = self._parents(state, action)
         logits = self._logits(parents)
         if self.graph == "full":

@@ -7,7 +7,7 @@
 
 One iteration is one pass of Algorithm 1: draw a minibatch, assign each agent its individual reward (Eq. 6), then take
 one step of the causal model (Eq. 4), of the critics (expectiles, Eq. 9) and of the actors (cloning). Agents share no
-weights; they are computed together, as stacks with the agent's index first: [N, ...].
+actor and no critic; these are computed together, as stacks with the agent's index first: [N, ...].
 """
 
 import csv
@@ -130,12 +130,15 @@ def fail(message: str) -> NoReturn:
 def check_args(args: Args) -> None:
     """Refuse numbers that cannot be meant, before anything is loaded or written."""
     for name, value in dataclasses.asdict(args).items():
-        if type(value) in (int, float):
-            low = 0 if type(value) is float or name in ("seed", "total_iterations", "causal_pretrain_iterations") else 1
-            high = 1 if name in ("gamma", "h", "tau", "target_rate", "expectile") else sys.maxsize
-            low = {"batch_size": 2, "beta": 1e-6}.get(name, low)  # one row has no deviation to standardise by
-            if not low <= value <= high:
-                fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")
+        low, high = 0, math.inf
+        if name in ("gamma", "h", "tau", "target_rate", "expectile"):
+            high = 1
+        elif name.endswith(("_size", "_dim", "_interval", "_episodes", "_samples", "_rounds")):
+            low = 2 if name == "batch_size" else 1  # one row has no deviation to standardise by
+        elif name in ("learning_rate", "causal_learning_rate", "max_grad_norm", "beta"):
+            low = 1e-9
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda was given but torch sees no CUDA device; give --no-cuda or install a CUDA build of torch")
     if args.total_iterations == 0 and not args.checkpoint:
@@ -154,12 +157,13 @@ def make_env(name: str):
         module, factory, arguments = f"data.{family}", "parallel_env", [task]
     else:
         fail(f"--env is {name}, expected something like mpe/simple_spread or package.module:factory")
+    sys.path.append(os.getcwd())  # after the script's own folder, look in the user's
     try:
         env = getattr(importlib.import_module(module), factory)(*arguments)
         spaces = {(env.observation_space(a).shape, str(env.action_space(a))) for a in env.possible_agents}
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        space, shape = env.action_space(env.possible_agents[0]), env.observation_space(env.possible_agents[0]).shape
+    except Exception as error:  # whatever somebody else's module may raise
         fail(f"--env {name} is not a PettingZoo parallel environment that can be made here: {error}")
-    space, shape = env.action_space(env.possible_agents[0]), env.observation_space(env.possible_agents[0]).shape
     if not shape or len(shape) != 1:
         fail(f"--env {name} has observations of shape {shape}, expected vectors")
     if len(spaces) > 1:
@@ -249,8 +253,9 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
     for name in [name for name in expected if name in arrays]:
         kinds, shape = expected[name]
         if arrays[name].shape != shape or arrays[name].dtype.kind not in kinds or not steps:
+            kind = {"f": "float", "iu": "integer", "b": "bool"}[kinds]
             found = f"{arrays[name].dtype} {list(arrays[name].shape)}"
-            fail(f"{path}: {name} is {found}, expected kind {kinds} {list(shape)} for --env {args.env}")
+            fail(f"{path}: {name} is {found}, expected {kind} {list(shape)} with rows, for --env {args.env}")
         if kinds == "f":
             with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity and is refused below
                 arrays[name] = arrays[name].astype(np.float32, copy=False)
@@ -259,6 +264,13 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
     low, high = (0, choices - 1) if discrete else (-1, 1)
     if arrays["actions"].min() < low or arrays["actions"].max() > high:
         fail(f"{path}: actions from {arrays['actions'].min()} to {arrays['actions'].max()}, expected {low} to {high}")
+    earned = arrays["individual_rewards"].sum(1) if "individual_rewards" in arrays else arrays["rewards"]
+    if not np.allclose(arrays["rewards"], earned, rtol=1e-3, atol=1e-2):
+        fail(f"{path}: rewards are not the sum of individual_rewards; the team reward must be that sum")
+    references = {key: value for key, value in metadata.items() if key.endswith(("random_return", "expert_return"))}
+    for key, value in references.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            fail(f"{path}: the metadata's {key} is {value}, expected a number")
 
     # Inside an episode the next observation is the next row's, so a file may store only those after the last steps.
     ends = arrays["terminals"] | arrays["timeouts"]
@@ -432,7 +444,7 @@ def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
         old.lerp_(new, rate)
 
 
-# === ALGORITHM LOGIC: ICQ. Outside this section the three scripts differ by names and arguments only. ================
+# === ALGORITHM LOGIC: ICQ (with its arguments above, all that the three scripts differ in) ===========================
 
 
 def q_taken(critic: Critic, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -464,7 +476,7 @@ def expectile_loss(error: torch.Tensor, expectile: float) -> torch.Tensor:
     return torch.where(error < 0, 1 - expectile, expectile) * error.square()
 
 
-def actor_loss(batch: dict, rewards: torch.Tensor, nets: Networks, args: Args) -> tuple[torch.Tensor, dict]:
+def actor_loss(batch: dict, nets: Networks, args: Args) -> tuple[torch.Tensor, dict]:
     """Behaviour cloning weighted by softmax(advantage / beta) over the minibatch, summed over agents."""
     observations, actions = batch["observations"].transpose(0, 1), batch["actions"].transpose(0, 1)
     q_data = q_taken(nets.critic, observations, actions).min(0).values.detach()  # [N, B]
@@ -506,7 +518,7 @@ def update(
         loss, logs = critic_loss(batch, rewards, nets, args)
         step(loss, nets.critic, optimizers["critic"], agents, args.max_grad_norm)
         losses |= logs
-        loss, logs = actor_loss(batch, rewards, nets, args)
+        loss, logs = actor_loss(batch, nets, args)
         step(loss, nets.actor, optimizers["actor"], agents, args.max_grad_norm)
         losses |= logs
         move_target(nets.critic_target, nets.critic, args.target_rate)
@@ -524,8 +536,8 @@ def measure(
     results = evaluate(env, nets.actor, episodes, 1000 * args.seed, probe["rewards"].device)
     row = {"return": results["return"].mean(), "return_std": results["return"].std()}
     for name, prefix in [("score", ""), ("score_paper", "paper_")]:
-        if f"{prefix}random_return" in metadata and f"{prefix}expert_return" in metadata:
-            low, high = metadata[f"{prefix}random_return"], metadata[f"{prefix}expert_return"]
+        low, high = (metadata.get(f"{prefix}{policy}_return") for policy in ("random", "expert"))
+        if low is not None and high is not None and low != high:
             row[name] = 100 * (row["return"] - low) / (high - low)
     if "won" in results:
         row["won"] = results["won"].mean()
@@ -550,8 +562,12 @@ def provenance(path: Path) -> dict:
 
 def save(path: Path, content: dict) -> None:
     """Write under another name first, so that a crash leaves the old checkpoint whole."""
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        torch.save(content, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    except (OSError, RuntimeError) as error:  # torch raises the latter when a disk is full
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({str(error).splitlines()[0]}); an older checkpoint is left as it was")
 
 
 def load(path: Path, identity: dict) -> dict:
@@ -563,7 +579,8 @@ def load(path: Path, identity: dict) -> dict:
     for name, value in identity.items():
         found = content.get(name) if isinstance(content, dict) else type(content).__name__
         if found != value:
-            fail(f"{path} was made with {name} {found}, but this run has {value}; give the one that belongs to it")
+            made = f"; it was made with --dataset {content['dataset']}" if "dataset" in content else ""
+            fail(f"{path} was made with {name} {found}, but this run has {value}{made}")
     return content
 
 
@@ -582,16 +599,18 @@ if __name__ == "__main__":
             fail(f"--resume goes on with the run's own arguments, but {changed[0]} is not the run's; leave it out")
     check_args(args)
     env = make_env(args.env)
-    path = dataset_path(args)
-    data, metadata = load_dataset(path, args, env)
+    data_path = dataset_path(args)
+    data, metadata = load_dataset(data_path, args, env)
     if args.preset == "paper" and not args.resume:
         quality = metadata.get("quality", "")
         if quality not in PAPER_QUALITY:
-            print(f"{path} names no quality of the paper's, so --preset paper takes its row for expert data")
+            print(f"{data_path} names no quality of the paper's, so --preset paper takes its row for expert data")
         args = tyro.cli(Args, default=Args(**PAPER, **PAPER_QUALITY.get(quality, PAPER_QUALITY["expert"])))
-    script, source = Path(__file__).name, provenance(path)
+    if args.dataset not in PAPER_QUALITY:
+        args.dataset = str(data_path.resolve())  # so that the run can be resumed from another folder
+    script, source = Path(__file__).name, provenance(data_path)
     identity = {"script": script, "dataset_sha256": source["dataset_sha256"]}
-    identity |= {"hidden_dim": args.hidden_dim, "layer_norm": args.layer_norm}
+    identity |= {"hidden_dim": args.hidden_dim, "layer_norm": args.layer_norm, "graph": args.graph}
 
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -633,15 +652,15 @@ if __name__ == "__main__":
                     optimizer.load_state_dict({**stored["optimizers"][name], "param_groups": groups})
             else:
                 nets.actor.load_state_dict(stored["actor"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            if args.resume:
+                iteration, rows, seconds = stored["iteration"], stored["rows"], stored["seconds"]
+                torch.set_rng_state(stored["rng"])
+                if args.cuda and stored["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state(stored["cuda_rng"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
             fail(f"{path} is not a whole checkpoint of this script ({str(error).splitlines()[0]}); give another one")
-        if args.resume:
-            iteration, rows, seconds = stored["iteration"], stored["rows"], stored["seconds"]
-            if iteration > last:
-                fail(f"{run} has done {iteration} iterations, more than --total-iterations leaves for it; give more")
-            torch.set_rng_state(stored["rng"])
-            if args.cuda and stored["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(stored["cuda_rng"])
+        if iteration > last:
+            fail(f"{run} has done {iteration} iterations, more than --total-iterations leaves for it; give more")
     if args.total_iterations == 0:
         learned = causal_model if whole else None  # a policy.pt brings none
         for name, value in measure(env, nets, learned, probe, metadata, args, args.final_episodes).items():
@@ -652,8 +671,13 @@ if __name__ == "__main__":
         task = args.env.replace("/", "-").replace(":", "-")
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         run = Path("runs") / f"{task}__{Path(script).stem}__{args.credit}__{args.seed}__{stamp}"
-        run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args), **source}, indent=2))
+        try:
+            run.mkdir(parents=True)
+        except OSError as error:
+            fail(f"{run} cannot be made here ({error}); run the script in a folder that can be written to")
+    first = json.loads((run / "config.json").read_text()) if args.resume else source  # keep the command that began it
+    (run / "config.json").write_text(json.dumps({**first, "args": dataclasses.asdict(args)}, indent=2))
+    print(f"{script}: {len(observations)} transitions of {data_path}, --credit {args.credit}, run folder {run}")
     writer = SummaryWriter(str(run), purge_step=iteration + 1 if args.resume else None)
     started = time.monotonic() - seconds
 
@@ -673,6 +697,7 @@ if __name__ == "__main__":
     def checkpoint() -> None:
         content = {
             **identity,
+            "dataset": args.dataset,
             "networks": nets.state_dict(),
             "causal_model": causal_model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
@@ -683,7 +708,7 @@ if __name__ == "__main__":
             "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
         }
         save(run / "checkpoint.pt", content)
-        save(run / "policy.pt", {**identity, "actor": nets.actor.state_dict()})
+        save(run / "policy.pt", {**identity, "dataset": args.dataset, "actor": nets.actor.state_dict()})
 
     # The first Ctrl-C ends the run after the iteration in progress, with a checkpoint; the second ends it at once.
     signals: list[int] = []
@@ -691,7 +716,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     progress = tqdm(total=last, initial=iteration, unit="it", mininterval=1, dynamic_ncols=True)
     while iteration < last and not signals:
-        policy, causal = iteration >= pretrain, args.credit == "macca" and not 0 < pretrain <= iteration
+        policy, causal = iteration >= pretrain, args.credit == "macca" and (pretrain == 0 or iteration < pretrain)
         losses = update(sample(data, args.batch_size), nets, causal_model, optimizers, args, policy, causal)
         iteration += 1
         progress.update()
@@ -710,8 +735,9 @@ if __name__ == "__main__":
             record(args.eval_episodes)
             checkpoint()
     checkpoint()
-    if iteration == last:
+    if iteration == last and (not rows or rows[-1]["iteration"] < last):
         record(args.final_episodes)
+        checkpoint()  # once more, with that row
     progress.close()
     writer.close()
     if iteration < last:

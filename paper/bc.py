@@ -8,6 +8,7 @@ The actors, the dataset, the evaluation and the run folder's metrics.csv are tho
 import csv
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ if __name__ == "__main__":
     nets.fit_statistics(data["observations"])
     optimizer = torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True)
 
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run = Path("runs") / f"{args.env.replace('/', '-')}__bc__none__{args.seed}__{stamp}"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"args": dataclasses.asdict(args), **base.provenance(path)}, indent=2))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "paper" / "results"
+DATA = ROOT / "data" / "datasets" / "mpe" / "simple_spread"
 
 # name -> (seeds, {row label: command without the seed}). The first row of a table is what the others are compared with;
 # {data} in a command is Cooperative Navigation's folder of datasets.
@@ -106,7 +107,7 @@ class Args:
 def run(command: str) -> dict[str, str]:
     """Run one script in a folder of its own and return its row: scores of the last and the best policy, provenance."""
     with tempfile.TemporaryDirectory() as folder:
-        script, *arguments = command.replace("{data}", str(ROOT / "data/datasets/mpe/simple_spread")).split()
+        script, *arguments = command.replace("{data}", str(DATA)).split()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         started = time.monotonic()
         done = subprocess.run(
@@ -157,6 +158,9 @@ def show(name: str) -> None:
     """Print a table as Markdown: mean and standard deviation over seeds, and the paired difference to the first row."""
     rows = read(RESULTS / f"{name}.csv")
     labels = [label for label in TABLES[name][1] if any(row["label"] == label for row in rows)]
+    if not labels:
+        print(f"runs.py: {name} has no rows yet; run it without --show", file=sys.stderr)
+        raise SystemExit(2)
     column = "won" if any(row["won"] for row in rows) else "score" if any(row["score"] for row in rows) else "return"
     by_label = {label: {r["seed"]: r for r in rows if r["label"] == label} for label in labels}
     print(
@@ -186,6 +190,12 @@ if __name__ == "__main__":
         path = RESULTS / f"{args.table}.csv"
         path.parent.mkdir(exist_ok=True)
         seeds, commands = TABLES[args.table]
+        for command in commands.values():  # better now than after hours
+            words = command.replace("{data}", str(DATA)).split()
+            given = words[words.index("--dataset") + 1] if "--dataset" in words else "expert"
+            if not (dataset := DATA / given).is_file() and not (dataset := DATA / f"{given}.npz").is_file():
+                print(f"runs.py: {dataset} is missing; README.md says which command makes it", file=sys.stderr)
+                raise SystemExit(2)
         there = {row["command"] for row in read(path)}
         todo = [
             (label, seed, f"{command} --seed {seed}")

@@ -399,7 +399,7 @@ def test_actor_loss(script, discrete):
     nets, batch = make_nets(script, discrete), make_batch(discrete)
     observations = batch["observations"].transpose(0, 1)
     torch.manual_seed(5)
-    loss, logs = script.actor_loss(batch, batch["individual_rewards"], nets, args)
+    loss, logs = script.actor_loss(batch, nets, args)
     if script is macca_omar and not discrete:
         torch.manual_seed(5)
         a_hat = macca_omar.zeroth_order_actions(observations, nets.actor(observations).detach(), nets.critic, args)
@@ -446,11 +446,11 @@ def test_actor_loss(script, discrete):
 def test_icq_weights_carry_no_gradient(discrete):
     """The weights judge the data's actions; a gradient through them would move the policy to make them large."""
     nets, batch = make_nets(macca_icq, discrete), make_batch(discrete)
-    loss, _ = macca_icq.actor_loss(batch, batch["individual_rewards"], nets, make_args(macca_icq))
+    loss, _ = macca_icq.actor_loss(batch, nets, make_args(macca_icq))
     gradients = torch.autograd.grad(loss, list(nets.critic.parameters()), allow_unused=True, retain_graph=True)
     assert all(gradient is None for gradient in gradients)
     # With a huge temperature all weights are 1, and it is plain behaviour cloning: value and gradient.
-    plain, _ = macca_icq.actor_loss(batch, batch["individual_rewards"], nets, make_args(macca_icq, beta=1e6))
+    plain, _ = macca_icq.actor_loss(batch, nets, make_args(macca_icq, beta=1e6))
     observations, actions = batch["observations"].transpose(0, 1), batch["actions"].transpose(0, 1)
     if discrete:
         logits = nets.actor(observations, batch["action_masks"].transpose(0, 1))
@@ -476,7 +476,7 @@ def test_actors_never_prefer_what_is_not_allowed():
         for lure in (0.0, 30.0):
             with torch.no_grad():
                 nets.critic.layer3.bias[:, :, 0] += lure  # ... and promises more and more
-            loss, _ = script.actor_loss(batch, batch["individual_rewards"], nets, args)
+            loss, _ = script.actor_loss(batch, nets, args)
             gradients.append(torch.autograd.grad(loss, list(nets.actor.parameters())))
             critic = script.critic_loss(batch, batch["individual_rewards"], nets, args)[0]
             gradients[-1] += (loss.detach(), torch.autograd.grad(critic, nets.critic.layer3.bias)[0][:, :, 1:])
