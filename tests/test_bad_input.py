@@ -101,6 +101,11 @@ CONTINUOUS = {
         {"rewards": np.full(T, 1e300)},
         ["rewards", "NaN or infinity"],
     ),
+    "rewards that are the mean": (
+        {"rewards": toy.record(toy.Matching(), T)["individual_rewards"].mean(1)},
+        ["rewards are not the sum of individual_rewards"],
+    ),
+    "a word for a reference": ({"metadata": {"random_return": "abc"}}, ["random_return", "abc"]),
     "actions out of range": ({"actions": changed("actions", 7, 1.5)}, ["actions", "1.5", "-1 to 1"]),
     "another environment": ({"metadata": {"env": "mpe/simple_spread"}}, ["mpe/simple_spread", "toy:matching"]),
     "pickled": ({"individual_rewards": np.full((T, 2), None, object)}, ["allow_pickle"]),
@@ -268,7 +273,7 @@ def test_checkpoints_that_do_not_belong(finished, tmp_path, monkeypatch):
     for script in ("macca_cql", "macca_icq"):
         found = sentence("--checkpoint", good, script=script)
         assert str(good) in found and "macca_omar.py" in found and f"{script}.py" in found
-    other = toy.write(tmp_path / "other.npz", rewards=np.ones(T, np.float32))
+    other = toy.write(tmp_path / "other.npz", transitions=2 * T)
     assert str(good) in sentence("--checkpoint", good, "--dataset", other)
     assert "hidden_dim" in sentence("--checkpoint", good, "--hidden-dim", 9)
     assert "layer_norm" in sentence("--checkpoint", good, "--no-layer-norm")

@@ -297,3 +297,15 @@ def test_recovers_a_known_graph_and_individual_rewards(graph):
     uniform_r2 = 1 - (uniform - centred).square().mean() / centred.square().mean()
     assert uniform_r2 < 0.4  # what a split into equal parts would reach
     assert f1 >= 0.95 and r2 >= 0.95, f"F1 {f1:.3f}, R^2 {r2:.3f}"
+
+
+def test_refuses_what_torch_would_broadcast():
+    """A reward of shape [B, 1] would broadcast against [B] to a wrong loss; an unknown graph would pass for another."""
+    model = CausalModel(2, 4, 1)
+    state, action = torch.randn(8, 4), torch.randn(8, 2, 1)
+    with pytest.raises(ValueError, match="team_reward"):
+        model.loss(state, action, torch.randn(8, 1))
+    with pytest.raises(ValueError, match="individual_rewards"):
+        model.loss(state, action, torch.randn(8), torch.randn(8, 1))
+    with pytest.raises(ValueError, match="graph"):
+        CausalModel(2, 4, 1, graph="dynamc")  # type: ignore[arg-type]

@@ -229,7 +229,7 @@ def test_preset_takes_the_row_of_the_quality(script, tmp_path, monkeypatch):
         known = quality if quality in module.PAPER_QUALITY else "expert"
         expected = {**module.PAPER, **module.PAPER_QUALITY[known], "batch_size": 16, "h": 0.25, "preset": "paper"}
         assert {name: found[name] for name in expected} == expected
-        assert ("expert" in stdout) == (quality == "unheard-of")  # it says which row it took
+        assert ("row for expert data" in stdout) == (quality == "unheard-of")  # it says which row it took
     assert module.PAPER_QUALITY["expert"]["lambda1"] == 7e-3 and module.PAPER["learning_rate"] == 3e-4
     assert module.PAPER_QUALITY["random"]["lambda1"] == 1e-7 and module.PAPER_QUALITY["random"]["lambda2"] == 1e-3
 

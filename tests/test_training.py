@@ -77,8 +77,7 @@ def test_policy_and_causal_model_learn_from_their_own_losses(script, discrete):
     # Nor is there a path in the graph: the losses that the policy is trained on do not know the causal model.
     rewards = script.assign_credit(data, args, model, nets.actor.action_dim)
     assert not rewards.requires_grad
-    for loss in (script.critic_loss, script.actor_loss):
-        value, _ = loss(data, rewards, nets, args)
+    for value, _ in (script.critic_loss(data, rewards, nets, args), script.actor_loss(data, nets, args)):
         found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, retain_graph=True)
         assert all(gradient is None for gradient in found)
     causal_loss, _ = model.loss(*script.causal_inputs(data, nets.actor.action_dim), data["rewards"])
