@@ -40,7 +40,7 @@ def main(table: Annotated[str, tyro.conf.Positional], labels: tuple[str, ...] = 
     for label, runs in curves.items():
         points = np.array(runs)  # [seeds, evaluations, 2]
         mean = points[..., 1].mean(0)
-        line = plt.plot(points[0, :, 0], mean, marker=".", label=f"{label} ({len(runs)} seeds)")[0]
+        line = plt.plot(points[0, :, 0], mean, marker=".", label=f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}")[0]
         plt.fill_between(
             points[0, :, 0], points[..., 1].min(0), points[..., 1].max(0), alpha=0.15, color=line.get_color()
         )
