@@ -207,6 +207,7 @@ def test_other_number_types_are_read(tmp_path, monkeypatch):
         (["--batch-size", 0], ["--batch-size is 0"]),
         (["--batch-size", 1], ["--batch-size is 1"]),  # has no deviation to standardise by
         (["--batch-size", -5], ["--batch-size is -5"]),
+        (["--causal-pretrain-iterations", 0], ["--causal-pretrain-iterations is 0"]),  # "first" would never freeze
         (["--gamma", 2], ["--gamma is 2", "1"]),
         (["--gamma", -0.1], ["--gamma is -0.1"]),
         (["--gamma", "nan"], ["--gamma is nan"]),
