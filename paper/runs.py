@@ -93,6 +93,20 @@ for quality in ("medium-replay", "medium"):
     commands = {label: f"{run} --dataset {quality}" for label, run in TUNING.items()}
     TABLES[f"cn-tuning-{quality}"] = ([1], commands)
 
+# How long the runs of paper/scale_or_credit.py must be: the backbone's learning curves with true rewards. One seed.
+pilot = "macca_cql.py --credit truth --total-iterations 6000 --eval-interval 500 --eval-episodes 40"
+TABLES["cn-pilot-length"] = (
+    [1],
+    {
+        "medium, alpha 0.2": f"{pilot} --dataset medium --alpha 0.2",
+        "medium-replay, alpha 0.2": f"{pilot} --dataset medium-replay --alpha 0.2",
+        "random, alpha 0.2": f"{pilot} --dataset random --alpha 0.2",
+        "random, alpha 1": f"{pilot} --dataset random --alpha 1",
+        "expert, alpha 1": f"{pilot} --dataset expert --alpha 1",
+        "expert, alpha 0.2": f"{pilot} --dataset expert --alpha 0.2",
+    },
+)
+
 
 @dataclass
 class Args:
