@@ -296,6 +296,23 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
     return {name: torch.from_numpy(arrays[name]) for name in expected if name in arrays}, metadata
 
 
+def hold_out(data: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Split off whole episodes for measuring the credit: a tenth of the rows, some 10,000 at most.
+
+    The same ones for every seed and every --credit, so that runs are held against the same transitions. A dataset of a
+    single episode is not split: it is returned twice.
+    """
+    ends = (data["terminals"] | data["timeouts"]).long()
+    episode = ends.cumsum(0) - ends  # [T]
+    lengths = torch.bincount(episode)
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
+    drawn_before = lengths[order].cumsum(0) - lengths[order]
+    held = torch.isin(episode, order[drawn_before < min(10_000, len(ends) / 10)])
+    if held.all():
+        return data, data
+    return {name: tensor[~held] for name, tensor in data.items()}, {name: tensor[held] for name, tensor in data.items()}
+
+
 def sample(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, torch.Tensor]:
     """A minibatch, drawn where the data lies: every tensor [B, ...]. All agents share the rows."""
     rows = torch.randint(len(data["rewards"]), (batch_size,), device=data["rewards"].device)
@@ -530,10 +547,10 @@ def update(
 
 
 def measure(
-    env, nets: Networks, causal_model: CausalModel | None, probe: dict, metadata: dict, args: Args, episodes: int
+    env, nets: Networks, causal_model: CausalModel | None, held_out: dict, metadata: dict, args: Args, episodes: int
 ):
     """Play `episodes`, normalise the return by the dataset's references, hold the credit against a recorded truth."""
-    results = evaluate(env, nets.actor, episodes, 1000 * args.seed, probe["rewards"].device)
+    results = evaluate(env, nets.actor, episodes, 1000 * args.seed, held_out["rewards"].device)
     row = {"return": results["return"].mean(), "return_std": results["return"].std()}
     for name, prefix in [("score", ""), ("score_paper", "paper_")]:
         low, high = (metadata.get(f"{prefix}{policy}_return") for policy in ("random", "expert"))
@@ -542,8 +559,8 @@ def measure(
     if "won" in results:
         row["won"] = results["won"].mean()
     if args.credit == "macca" and causal_model:
-        inputs = causal_inputs(probe, nets.actor.action_dim)
-        row |= causal_model.report(*inputs, probe["rewards"], probe.get("individual_rewards"))
+        inputs = causal_inputs(held_out, nets.actor.action_dim)
+        row |= causal_model.report(*inputs, held_out["rewards"], held_out.get("individual_rewards"))
     return {name: float(value) for name, value in row.items()}
 
 
@@ -614,7 +631,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    data = {name: tensor.to(device) for name, tensor in data.items()}
+    data, held_out = ({name: tensor.to(device) for name, tensor in part.items()} for part in hold_out(data))
     observations, space = data["observations"], env.action_space(env.possible_agents[0])
     num_agents, observation_dim = observations.shape[1:]
     discrete = isinstance(space, gymnasium.spaces.Discrete)
@@ -633,7 +650,6 @@ if __name__ == "__main__":
         "critic": torch.optim.Adam(nets.critic.parameters(), lr=args.learning_rate, fused=True),
         "actor": torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True),
     }
-    probe = sample(data, 10_000)  # the same transitions at every evaluation, to measure the credit on
     pretrain = args.causal_pretrain_iterations if (args.credit, args.causal_schedule) == ("macca", "first") else 0
     iteration, last, rows, seconds = 0, pretrain + args.total_iterations, [], 0.0
 
@@ -663,7 +679,7 @@ if __name__ == "__main__":
             fail(f"{run} has done {iteration} iterations, more than --total-iterations leaves for it; give more")
     if args.total_iterations == 0:
         learned = causal_model if whole else None  # a policy.pt brings none
-        for name, value in measure(env, nets, learned, probe, metadata, args, args.final_episodes).items():
+        for name, value in measure(env, nets, learned, held_out, metadata, args, args.final_episodes).items():
             print(f"{name} {value:.4g}")
         raise SystemExit
 
@@ -677,13 +693,14 @@ if __name__ == "__main__":
             fail(f"{run} cannot be made here ({error}); run the script in a folder that can be written to")
     first = json.loads((run / "config.json").read_text()) if args.resume else source  # keep the command that began it
     (run / "config.json").write_text(json.dumps({**first, "args": dataclasses.asdict(args)}, indent=2))
-    print(f"{script}: {len(observations)} transitions of {data_path}, --credit {args.credit}, run folder {run}")
+    counts = f"{len(observations)} transitions of {data_path}, {len(held_out['rewards'])} more held out"
+    print(f"{script}: {counts}; --credit {args.credit}, run folder {run}")
     writer = SummaryWriter(str(run), purge_step=iteration + 1 if args.resume else None)
     started = time.monotonic() - seconds
 
     def record(episodes: int) -> None:
         """Evaluate, write the row to metrics.csv and TensorBoard, and print it."""
-        row = measure(env, nets, causal_model, probe, metadata, args, episodes)
+        row = measure(env, nets, causal_model, held_out, metadata, args, episodes)
         rows.append({"iteration": iteration, "episodes": episodes, "seconds": time.monotonic() - started, **row})
         with open(run / "metrics.csv", "w", newline="") as file:
             table = csv.DictWriter(file, rows[0].keys())

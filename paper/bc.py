@@ -68,7 +68,7 @@ if __name__ == "__main__":
     data, metadata = base.load_dataset(path, shared, env)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-    data = {name: tensor.to(device) for name, tensor in data.items()}
+    data, held_out = ({name: tensor.to(device) for name, tensor in part.items()} for part in base.hold_out(data))
     space = env.action_space(env.possible_agents[0])
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     agents, observation_dim = data["observations"].shape[1:]
@@ -90,7 +90,7 @@ if __name__ == "__main__":
         last = iteration == args.total_iterations
         if last or iteration % args.eval_interval == 0:
             episodes = args.final_episodes if last else args.eval_episodes
-            row = base.measure(env, nets, None, {"rewards": data["rewards"][:1]}, metadata, shared, episodes)
+            row = base.measure(env, nets, None, held_out, metadata, shared, episodes)
             rows.append({"iteration": iteration, "episodes": episodes, "seconds": time.monotonic() - started, **row})
             with open(run / "metrics.csv", "w", newline="") as file:
                 table = csv.DictWriter(file, rows[0].keys())
