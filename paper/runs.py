@@ -107,6 +107,27 @@ TABLES["cn-pilot-length"] = (
     },
 )
 
+# How much of the gain is credit, how much is scale? (paper/scale_or_credit.py) With standardised rewards, `team` and
+# `uniform` are the same run; "raw" ones are not standardised.
+for script, quality, alpha in [
+    ("macca_cql", "expert", 1),
+    ("macca_cql", "medium", 0.2),
+    ("macca_cql", "medium-replay", 0.2),
+    ("macca_cql", "random", 0.2),
+    ("macca_omar", "expert", 1),
+]:
+    train = f"{script}.py --dataset {quality} --alpha {alpha} --credit"
+    TABLES[f"scale-{script[6:]}-{quality}"] = (
+        [1, 2, 3, 4, 5],
+        {
+            "behaviour cloning": f"paper/bc.py --dataset {quality}",
+            "team": f"{train} team",
+            "truth": f"{train} truth",
+            "team, raw": f"{train} team --no-standardize-rewards",
+            "uniform, raw": f"{train} uniform --no-standardize-rewards",
+        },
+    )
+
 
 @dataclass
 class Args:
