@@ -11,49 +11,71 @@ the joint state and joint action (Eq. 2). Two networks are fitted to the team re
     loss    (R - sum_i psi_r(c^i * (s, a), i))^2 + lambda1 * ||c^{s->r}||_1 + lambda2 * ||c^{a->r}||_1  (Eq. 4, 5)
     credit  r_hat^i = psi_r(1[c^i >= h] * (s, a), i)                                                  (Eq. 6)
 
-The file knows nothing of any policy: whatever learns from rewards can use it.
+A sum does not say whose its parts are, so two conventions decide. *Own things to the owner*: an edge from a dimension
+that is not the agent's own costs `anchor` times more. *What cannot be attributed, evenly*: beside the agents' slots
+i = 1..N the sum has a common one, i = 0, whose value all agents share; there, dimensions that are nobody's own are the
+cheap ones. The file knows nothing of any policy: whatever learns from rewards can use it.
 
-    owner = [agent for agent in range(3) for _ in range(18)]        # the state: 18 dimensions of each of 3 agents
-    model = CausalModel(num_agents=3, state_dim=54, action_dim=2, state_owner=owner)
+    model = CausalModel(num_agents=3, state_dim=54, action_dim=2, state_owner=owners(observations))
     model.fit_statistics(states, team_rewards)                      # once, from the dataset
     optimizer = torch.optim.Adam(model.parameter_groups())
     loss, _ = model.loss(state, action, team_reward)                # Algorithm 1, line 5, then as with any loss:
     optimizer.zero_grad(); loss.backward(); optimizer.step()
-    rewards = model.assign(state, action)                           # [batch, num_agents], Algorithm 1, line 4
+    rewards = model.assign(state, action, team_reward)              # [batch, num_agents], Algorithm 1, line 4
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+
+
+def owners(observations: torch.Tensor) -> list[int]:
+    """Whose own each dimension of the joint state is, where that is the agents' observations [T, N, O] side by side.
+
+    A dimension is the observer's own unless it is constant or the others' observations determine it (linearly, but for
+    1 % of its variance): a reward that depends on it is then as well a function of what another agent sees.
+    Returns N * O agent numbers, -1 for nobody's.
+    """
+    x = observations[:: len(observations) // 5000 + 1].double().cpu()
+    x = torch.cat([x - x.mean(0), torch.ones(*x.shape[:2], 1)], dim=2)  # the column of ones stands for the intercept
+    owner = []
+    for agent in range(x.shape[1]):
+        own, others = x[:, agent, :-1], torch.cat([x[:, :agent], x[:, agent + 1 :]], dim=1).flatten(1)
+        unexplained = own - others @ torch.linalg.lstsq(others, own, driver="gelsd").solution if others.numel() else own
+        share = unexplained.square().mean(0) / own.square().mean(0).clamp(min=1e-12)
+        owner += [agent if value > 0.01 else -1 for value in share.tolist()]
+    return owner
 
 
 class CausalModel(nn.Module):
     """Splits a team reward among agents by a learned causal graph.
 
     Shapes: B batch, N agents, S state_dim (joint), A action_dim (of one agent; one-hot for discrete actions),
-    D = S + N * A, the number of possible parents of an individual reward.
+    D = S + N * A, the number of possible parents of a reward. Of N + 1 slots the last is the common one.
 
     Args:
-        graph: `dynamic` masks depend on the state and action (Eq. 3), `fixed` is one learned mask per agent, `full` is
+        graph: `dynamic` masks depend on the state and action (Eq. 3), `fixed` is one learned mask per slot, `full` is
             all ones (no structure, no penalty).
-        state_owner: for each state dimension the agent that it describes, or -1 for nobody's; None: all nobody's.
-        anchor: the L1 penalty of an edge from *another* agent's dimension, as a multiple of that of an own one.
-            1 is the paper's loss to the letter. Since the team reward is a sum, nothing in Eq. 4 and 5 says whose slot
-            explains which part of it; a heavier price on foreign dimensions breaks that symmetry.
+        state_owner: for each state dimension the agent whose own it is, or -1 for nobody's; None: all nobody's.
+        anchor: the L1 penalty of an edge between an agent's slot and a dimension that is not its own, or between the
+            common slot and one that is somebody's own, as a multiple of an own edge's; an edge between the common slot
+            and what is nobody's own costs the anchor-th part. 1: no convention, the paper's letter.
         lambda1, lambda2: L1 penalties on state and action edges (Eq. 5).
         h: an edge counts at assignment when its probability is at least h (Eq. 6).
         hidden_dim: width of the three hidden layers of the reward predictor (Appendix F.2).
     """
 
     edge_price: torch.Tensor
-    agent_id: torch.Tensor
+    slot_id: torch.Tensor
     state_mean: torch.Tensor
     state_std: torch.Tensor
     reward_mean: torch.Tensor
     reward_std: torch.Tensor
+    slot_mean: torch.Tensor
+    unexplained: torch.Tensor
 
     def __init__(
         self,
@@ -72,51 +94,46 @@ class CausalModel(nn.Module):
         if graph not in ("dynamic", "fixed", "full"):
             raise ValueError(f"graph is {graph!r}, expected 'dynamic', 'fixed' or 'full'")
         self.num_agents, self.state_dim, self.graph, self.h = num_agents, state_dim, graph, h
-        num_parents = state_dim + num_agents * action_dim
+        num_parents, slots = state_dim + num_agents * action_dim, num_agents + 1
 
-        # The price of each edge: [N, D], lambda1 or lambda2, times the anchor where the dimension is another agent's.
-        owner = torch.cat(
-            [
-                torch.full((state_dim,), -1) if state_owner is None else torch.as_tensor(state_owner),
-                torch.arange(num_agents).repeat_interleave(action_dim),
-            ]
-        )
-        foreign = (owner >= 0) & (owner != torch.arange(num_agents)[:, None])
-        price = torch.where(torch.arange(num_parents) < state_dim, lambda1, lambda2).expand(num_agents, -1).clone()
-        self.register_buffer("edge_price", price * torch.where(foreign, anchor, 1.0), persistent=False)
-        self.register_buffer("agent_id", torch.eye(num_agents), persistent=False)
+        # The price of each edge: [N + 1, D]. The common slot (number -1, like nobody) owns what is nobody's own.
+        owner = torch.full((state_dim,), -1) if state_owner is None else torch.as_tensor(state_owner)
+        owner = torch.cat([owner, torch.arange(num_agents).repeat_interleave(action_dim)])
+        slot = torch.cat([torch.arange(num_agents), torch.tensor([-1])])[:, None]
+        factor = torch.where(slot == owner, 1.0, anchor)
+        factor[-1, owner == -1] = 1 / anchor
+        price = torch.where(torch.arange(num_parents) < state_dim, lambda1, lambda2)
+        self.register_buffer("edge_price", price * factor, persistent=False)
+        self.register_buffer("slot_id", torch.eye(slots), persistent=False)
 
-        # Dataset statistics, stored with the weights: the model means nothing without its units.
+        # Statistics, stored with the weights: the model means nothing without its units.
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
+        self.register_buffer("slot_mean", torch.zeros(slots))  # running mean of each slot's prediction
+        self.register_buffer("unexplained", torch.ones(()))  # running share of the team reward's variance, 1 at most
 
-        # psi_g. A free network for the gates collapses, so an edge's logit is a number of its own plus, for the
-        # dynamic graph, a bounded part that depends on (s, a, i), starts at zero and learns slowly.
-        self.edge_logits = nn.Parameter(torch.full((num_agents, num_parents), 2.0))
-        last = nn.Linear(64, num_agents * num_parents)
+        # psi_g. A free network for the gates collapses, so an edge's logit is a number of its own plus, for the dynamic
+        # graph, a bounded part that depends on (s, a, i) and starts at zero. What a slot learns first it keeps, so the
+        # cheaper an edge, the wider open it starts.
+        self.edge_logits = nn.Parameter(torch.where(factor < 1, 6.0, torch.where(factor > 1, 0.0, 4.0)))
+        last = nn.Linear(64, slots * num_parents)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.edge_network = nn.Sequential(nn.Linear(num_parents, 64), nn.ReLU(), last, nn.Tanh())
 
-        # psi_r: one network for all agents, told by a one-hot identity whose reward is asked for.
-        self.reward_network = nn.Sequential(
-            nn.Linear(num_parents + num_agents, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, 1),
-        )
+        # psi_r: one network for all slots, told by a one-hot identity whose reward is asked for.
+        sizes = [num_parents + slots, hidden_dim, hidden_dim, hidden_dim]
+        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))]
+        self.reward_network = nn.Sequential(*hidden, nn.Linear(hidden_dim, 1))
 
-    def parameter_groups(self, learning_rate: float = 1e-3, edge_learning_rate: float = 1e-2) -> list[dict]:
-        """Adam's parameter groups: psi_r, the edges' own logits, and the rest of psi_g at a hundredth of their rate."""
+    def parameter_groups(self, learning_rate: float = 1e-3, edge_learning_rate: float = 2e-2) -> list[dict]:
+        """Adam's parameter groups: psi_r, the edges' own logits, and the rest of psi_g at 1/40 of their rate."""
         return [
             {"params": self.reward_network.parameters(), "lr": learning_rate},
             {"params": [self.edge_logits], "lr": edge_learning_rate},
-            {"params": self.edge_network.parameters(), "lr": edge_learning_rate / 100},
+            {"params": self.edge_network.parameters(), "lr": edge_learning_rate / 40},
         ]
 
     def fit_statistics(self, state: torch.Tensor, team_reward: torch.Tensor) -> None:
@@ -128,27 +145,31 @@ class CausalModel(nn.Module):
         self.reward_std.copy_(team_reward.std().clamp(min=1e-6))
 
     def _parents(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Standardised states [B, S] and actions [B, N, A], side by side: the possible parents [B, D]."""
-        return torch.cat([(state - self.state_mean) / self.state_std, action.flatten(1)], dim=1)
+        """States [B, S] and actions [B, N, A] in units of deviation 1, side by side: the possible parents [B, D]."""
+        return torch.cat([(state - self.state_mean) / self.state_std, 3**0.5 * action.flatten(1)], dim=1)
 
-    def _logits(self, parents: torch.Tensor) -> torch.Tensor:
-        """Log-odds of every edge (Eq. 3): [B, N, D], or [1, N, D] for the graphs that do not depend on the state."""
-        if self.graph == "full":
-            return torch.full_like(self.edge_logits, torch.inf)[None]
-        if self.graph == "fixed":
-            return self.edge_logits[None]
-        return self.edge_logits + 2 * self.edge_network(parents).view(-1, *self.edge_logits.shape)
+    def _logits(self, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-odds of every edge (Eq. 3) and their part that depends on the state, in [-1, 1]: [B or 1, N + 1, D]."""
+        own = self.edge_logits[None]
+        if self.graph != "dynamic":
+            return (torch.full_like(own, torch.inf) if self.graph == "full" else own), torch.zeros_like(own)
+        varying = self.edge_network(parents).view(-1, *self.edge_logits.shape)
+        return own + 5 * varying, varying
 
     def _predict(self, parents: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """psi_r of masked parents [B, D] * [B, N, D] and agent identities: standardised individual rewards [B, N]."""
+        """psi_r of masked parents [B, D] * [B, N + 1, D] and slot identities: standardised rewards [B, N + 1]."""
         masked = parents[:, None] * masks
-        identity = self.agent_id.expand(len(parents), -1, -1)
+        identity = self.slot_id.expand(len(parents), -1, -1)
         return self.reward_network(torch.cat([masked, identity], dim=2)).squeeze(2)
 
     @torch.no_grad()
     def probabilities(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Edge probabilities (Eq. 3) from states [B, S] and actions [B, N, A]: [B, N, S] and [B, N, N * A]."""
-        edges = torch.sigmoid(self._logits(self._parents(state, action))).expand(len(state), -1, -1)
+        """Edge probabilities (Eq. 3) from states [B, S] and actions [B, N, A]: [B, N, S] and [B, N, N * A].
+
+        An agent's reward depends on a dimension through its own slot or the common one: the more probable edge of both.
+        """
+        slots = torch.sigmoid(self._logits(self._parents(state, action))[0]).expand(len(state), -1, -1)
+        edges = torch.maximum(slots[:, :-1], slots[:, -1:])
         return edges[..., : self.state_dim], edges[..., self.state_dim :]
 
     def masks(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,14 +178,20 @@ class CausalModel(nn.Module):
         return (state_edges >= self.h).float(), (action_edges >= self.h).float()
 
     @torch.no_grad()
-    def assign(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def assign(
+        self, state: torch.Tensor, action: torch.Tensor, team_reward: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Individual rewards (Eq. 6) for states [B, S] and actions [B, N, A]: [B, N], in the team reward's units.
 
-        No gradient leaves this function: a policy loss cannot change the credit.
+        With the recorded team reward [B] they add up to it: what the model leaves unexplained is split evenly, as is
+        what is constant. No gradient leaves this function: a policy loss cannot change the credit.
         """
         parents = self._parents(state, action)
-        masks = (torch.sigmoid(self._logits(parents)) >= self.h).float()
-        return self._predict(parents, masks) * self.reward_std + self.reward_mean / self.num_agents
+        slots = self._predict(parents, (torch.sigmoid(self._logits(parents)[0]) >= self.h).float())
+        total = slots.sum(1) if team_reward is None else (team_reward - self.reward_mean) / self.reward_std
+        own = (slots - self.slot_mean)[:, :-1]
+        rewards = own + ((total - own.sum(1)) / self.num_agents)[:, None]
+        return rewards * self.reward_std + self.reward_mean / self.num_agents
 
     def loss(
         self,
@@ -190,29 +217,30 @@ class CausalModel(nn.Module):
         for name, (given, shape) in shapes.items():
             if given is not None and given.shape != shape:  # torch would broadcast it to a wrong loss
                 raise ValueError(f"{name} has shape {list(given.shape)}, expected {list(shape)}")
+        with torch.no_grad():
+            self.edge_logits.clamp_(min=-3.0)  # a closed edge is still tried now and then, and can come back
         parents = self._parents(state, action)
-        logits = self._logits(parents)
-        if self.graph == "full":
-            gates = torch.ones_like(logits)
-        else:
-            # Gates are drawn 0 or 1 (binary concrete), so that training and assignment see the same kind of mask: a
-            # soft gate could shrink towards 0, and with it the penalty, while the next layer's weights grow to undo
-            # it. The gradient passes straight through, as if the gate were the soft one.
-            uniform = torch.rand(len(parents), *logits.shape[1:], device=logits.device).clamp(1e-6, 1 - 1e-6)
-            soft = torch.sigmoid(logits + torch.logit(uniform))
-            gates = (soft > 0.5).float() + soft - soft.detach()
-        prediction = self._predict(parents, gates)
+        logits, varying = self._logits(parents)
+        # Gates are drawn 0 or 1 (binary concrete), so that training and assignment see the same kind of mask: a soft
+        # gate could shrink towards 0, and with it the penalty, while the next layer's weights grow to undo it. The
+        # gradient passes straight through, as if the gate were the soft one.
+        uniform = torch.rand(len(parents), *logits.shape[1:], device=logits.device).clamp(1e-6, 1 - 1e-6)
+        soft = torch.sigmoid(logits + torch.logit(uniform))
+        slots = self._predict(parents, (soft > 0.5).float() + soft - soft.detach())  # [B, N + 1]
         if individual_rewards is None:
-            target = (team_reward - self.reward_mean) / self.reward_std
-            error = F.mse_loss(prediction.sum(1), target)
+            error = (slots.sum(1) - (team_reward - self.reward_mean) / self.reward_std).square().mean()
+            self.slot_mean.lerp_(slots.detach().mean(0), 0.01)
         else:
             target = (individual_rewards - self.reward_mean / self.num_agents) / self.reward_std
-            error = F.mse_loss(prediction, target) * self.num_agents
+            error = (slots[:, :-1] + slots[:, -1:] / self.num_agents - target).square().sum(1).mean()
         if self.graph == "full":
             return error, error.detach()
         # A gate is 1 with probability sigmoid(logit): this is the expected L1 norm of the drawn masks, without noise.
-        penalty = (self.edge_price * torch.sigmoid(logits)).sum((1, 2)).mean()
-        return error + penalty, error.detach()
+        # An edge that comes and goes costs more, or it would close wherever its dimension is near 0 and does no harm.
+        # The price grows with what is explained: at first no edge has had a chance to prove its worth.
+        self.unexplained.lerp_(error.detach().clamp(max=1.0), 0.01)
+        penalty = (self.edge_price * (torch.sigmoid(logits) + varying.abs())).sum((1, 2)).mean()
+        return error + (1 - self.unexplained) * penalty, error.detach()
 
     @torch.no_grad()
     def report(
@@ -225,18 +253,22 @@ class CausalModel(nn.Module):
         """How dense the graph and how good the credit is: scalars, for the arguments of `loss`.
 
         `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error
-        of the summed credit over the team reward's variance. Where the individual rewards are known, `credit_mse` and
-        `credit_mae` against them, and `credit_skill`, 1 - credit_mse / mse of the even split R / N: 0 is no better than
-        an even split, 1 is perfect. Where all agents earn the same the even split is exact and skill undefined (-inf).
+        of the summed prediction over the team reward's variance. Where the individual rewards are known: errors of the
+        credit and of the even split R / N, `credit_mse`, `credit_mae`, `even_mse`, `even_mae`; `credit_skill`,
+        1 - credit_mse / even_mse (1 is perfect, 0 no better than the even split, undefined where that is exact); and
+        `credit_rank`, Spearman's correlation, mean over agents.
         """
-        credit = self.assign(state, action)  # [B, N]
+        credit = self.assign(state, action, team_reward)  # [B, N]
         state_masks, action_masks = self.masks(state, action)
-        team_error = (credit.sum(1) - team_reward).square().mean()
+        team_error = (self.assign(state, action).sum(1) - team_reward).square().mean()
         report = {"state_density": state_masks.mean(), "action_density": action_masks.mean()}
         report["team_nmse"] = team_error / team_reward.var()
         if individual_rewards is not None:
-            error = credit - individual_rewards
-            even_error = team_reward[:, None] / self.num_agents - individual_rewards
-            report["credit_mse"], report["credit_mae"] = error.square().mean(), error.abs().mean()
-            report["credit_skill"] = 1 - report["credit_mse"] / even_error.square().mean()
+            error, even = credit - individual_rewards, team_reward[:, None] / self.num_agents - individual_rewards
+            report |= {"credit_mse": error.square().mean(), "credit_mae": error.abs().mean()}
+            report |= {"even_mse": even.square().mean(), "even_mae": even.abs().mean()}
+            report["credit_skill"] = 1 - report["credit_mse"] / report["even_mse"]
+            ranks = [x.argsort(0).argsort(0).double() for x in (credit, individual_rewards)]  # ties as they come
+            centred = [x - x.mean(0) for x in ranks]
+            report["credit_rank"] = ((centred[0] * centred[1]).mean(0) / ranks[0].var(0, correction=0)).mean()
         return report

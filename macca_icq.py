@@ -37,7 +37,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from causal_model import CausalModel
+from causal_model import CausalModel, owners
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Args:
     lambda2: float = 7e-3
     """L1 penalty on edges from actions (Eq. 5)"""
     anchor: float = 5.0
-    """penalty factor on edges from another agent's dimensions; 1 is the paper's letter"""
+    """how much more an edge costs from a dimension that is not the agent's own; 1 is the paper's letter"""
     h: float = 0.1
     """an edge counts in the credit when its probability is at least this (Eq. 6)"""
     causal_learning_rate: float = 1e-3
@@ -329,7 +329,7 @@ def causal_inputs(batch: dict[str, torch.Tensor], action_dim: int) -> tuple[torc
 def assign_credit(batch: dict, args: Args, causal_model: CausalModel, action_dim: int) -> torch.Tensor:
     """What each agent is said to have earned, [B, N]: Eq. 6, or one of its three controls."""
     if args.credit == "macca":
-        return causal_model.assign(*causal_inputs(batch, action_dim))
+        return causal_model.assign(*causal_inputs(batch, action_dim), batch["rewards"])
     if args.credit == "truth":
         return batch["individual_rewards"]
     team = batch["rewards"][:, None].expand(-1, causal_model.num_agents)
@@ -525,8 +525,9 @@ def update(
     if args.standardize_rewards:
         rewards = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-6)
     if causal:  # line 5 (Eq. 4)
-        truth = batch["individual_rewards"] if args.causal_target == "truth" else None
-        loss, team_error = causal_model.loss(*causal_inputs(batch, nets.actor.action_dim), batch["rewards"], truth)
+        half = {name: tensor[: (len(rewards) + 1) // 2] for name, tensor in batch.items()}  # at half the price, enough
+        truth = half["individual_rewards"] if args.causal_target == "truth" else None
+        loss, team_error = causal_model.loss(*causal_inputs(half, nets.actor.action_dim), half["rewards"], truth)
         optimizers["causal"].zero_grad()
         loss.backward()
         optimizers["causal"].step()
@@ -639,8 +640,7 @@ if __name__ == "__main__":
     nets = Networks(num_agents, observation_dim, action_dim, discrete, args).to(device)
     nets.fit_statistics(observations)
     # The joint state is the observations side by side, unless the dataset brings one of its own, which nobody owns.
-    states = data["states"] if "states" in data else observations.flatten(1)
-    owner = None if "states" in data else [agent for agent in range(num_agents) for _ in range(observation_dim)]
+    states, owner = (data["states"], None) if "states" in data else (observations.flatten(1), owners(observations))
     causal_model = CausalModel(
         num_agents, states.shape[1], action_dim, args.graph, owner, args.anchor, args.lambda1, args.lambda2, args.h
     ).to(device)
@@ -651,7 +651,7 @@ if __name__ == "__main__":
         "actor": torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True),
     }
     pretrain = args.causal_pretrain_iterations if (args.credit, args.causal_schedule) == ("macca", "first") else 0
-    iteration, last, rows, seconds = 0, pretrain + args.total_iterations, [], 0.0
+    iteration, last, rows, edges, seconds = 0, pretrain + args.total_iterations, [], {}, 0.0
 
     if args.checkpoint or args.resume:
         path = run / "checkpoint.pt" if args.resume else Path(args.checkpoint)
@@ -669,7 +669,8 @@ if __name__ == "__main__":
             else:
                 nets.actor.load_state_dict(stored["actor"])
             if args.resume:
-                iteration, rows, seconds = stored["iteration"], stored["rows"], stored["seconds"]
+                rows, edges, seconds = (stored[name] for name in ("rows", "edges", "seconds"))
+                iteration = stored["iteration"]
                 torch.set_rng_state(stored["rng"])
                 if args.cuda and stored["cuda_rng"] is not None:
                     torch.cuda.set_rng_state(stored["cuda_rng"])
@@ -708,8 +709,15 @@ if __name__ == "__main__":
             table.writerows(rows)
         for name, value in row.items():
             writer.add_scalar(f"eval/{name}", value, iteration)
-        shown = [name for name in ("return", "score", "score_paper", "won", "credit_skill") if name in row]
-        progress.write(f"iteration {iteration}: " + ", ".join(f"{name} {row[name]:.3g}" for name in shown))
+        shown = ("return", "score", "score_paper", "won", "team_nmse", "credit_mae", "credit_rank", "credit_skill")
+        progress.write(
+            f"iteration {iteration}: " + ", ".join(f"{name} {row[name]:.3g}" for name in shown if name in row)
+        )
+
+    def record_edges() -> None:
+        """The mean probability of every edge, [N, S + N A], for the heat maps of paper/pictures.py."""
+        inputs = causal_inputs(held_out, action_dim)
+        edges[iteration] = torch.cat(causal_model.probabilities(*inputs), dim=2).mean(0).cpu()
 
     def checkpoint() -> None:
         content = {
@@ -720,6 +728,7 @@ if __name__ == "__main__":
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "iteration": iteration,
             "rows": rows,
+            "edges": edges,
             "seconds": time.monotonic() - started,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None,
@@ -732,6 +741,8 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
     progress = tqdm(total=last, initial=iteration, unit="it", mininterval=1, dynamic_ncols=True)
+    if not edges:
+        record_edges()
     while iteration < last and not signals:
         policy, causal = iteration >= pretrain, args.credit == "macca" and (pretrain == 0 or iteration < pretrain)
         losses = update(sample(data, args.batch_size), nets, causal_model, optimizers, args, policy, causal)
@@ -749,8 +760,10 @@ if __name__ == "__main__":
                 writer.add_scalar(f"losses/{name}", value.item(), iteration)
             writer.add_scalar("charts/iterations_per_second", progress.format_dict["rate"] or 0, iteration)
         if evaluates:
+            record_edges()
             record(args.eval_episodes)
             checkpoint()
+    record_edges()
     checkpoint()
     if iteration == last and (not rows or rows[-1]["iteration"] < last):
         record(args.final_episodes)

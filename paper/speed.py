@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from causal_model import CausalModel
+from causal_model import CausalModel, owners
 
 
 @dataclass
@@ -98,7 +98,7 @@ if __name__ == "__main__":
     agents, observation_dim = data["observations"].shape[1:]
     nets = base.Networks(agents, observation_dim, 2, False, settings["team"]).to(device)
     nets.fit_statistics(data["observations"])
-    owner = [agent for agent in range(agents) for _ in range(observation_dim)]
+    owner = owners(data["observations"])
     causal_model = CausalModel(agents, agents * observation_dim, 2, state_owner=owner).to(device)
     causal_model.fit_statistics(data["observations"].flatten(1), data["rewards"])
     optimizers = {
