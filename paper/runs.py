@@ -122,9 +122,11 @@ for script, quality, alpha in [
         {
             "behaviour cloning": f"paper/bc.py --dataset {quality}",
             "team": f"{train} team",
+            "macca": f"{train} macca",
             "truth": f"{train} truth",
             "team, raw": f"{train} team --no-standardize-rewards",
             "uniform, raw": f"{train} uniform --no-standardize-rewards",
+            "macca, raw": f"{train} macca --no-standardize-rewards",
         },
     )
 
@@ -135,6 +137,8 @@ class Args:
     """one of the tables named in this file"""
     jobs: int = os.cpu_count() or 1
     """runs side by side"""
+    only: str = ""
+    """run this row alone"""
     show: bool = False
     """print what is there and run nothing"""
 
@@ -160,7 +164,9 @@ def run(command: str) -> dict[str, str]:
             rows = list(csv.DictReader(file))
     last = rows[-1]
     best = max(rows[:-1] or rows, key=lambda row: float(row["return"]))
-    kept = ["return", "score", "score_paper", "won", "credit_mse", "credit_mae", "credit_skill", "team_nmse"]
+    kept = ["return", "score", "score_paper", "won", "team_nmse"]
+    kept += ["credit_mse", "credit_mae", "credit_rank", "credit_skill", "even_mse", "even_mae"]
+    kept += ["state_density", "action_density"]
     return {
         "command": f"python {command}",
         "iterations": last["iteration"],
@@ -225,6 +231,9 @@ if __name__ == "__main__":
         path = RESULTS / f"{args.table}.csv"
         path.parent.mkdir(exist_ok=True)
         seeds, commands = TABLES[args.table]
+        if args.only not in ("", *commands):
+            print(f"runs.py: {args.table} has no row {args.only}; choose one of {', '.join(commands)}", file=sys.stderr)
+            raise SystemExit(2)
         for command in commands.values():  # better now than after hours
             words = command.replace("{data}", str(DATA)).split()
             given = words[words.index("--dataset") + 1] if "--dataset" in words else "expert"
@@ -236,7 +245,7 @@ if __name__ == "__main__":
             (label, seed, f"{command} --seed {seed}")
             for seed in seeds
             for label, command in commands.items()
-            if f"python {command} --seed {seed}" not in there
+            if args.only in ("", label) and f"python {command} --seed {seed}" not in there
         ]
         lock = threading.Lock()
         with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run", smoothing=0) as progress:
