@@ -1,0 +1,220 @@
+"""Draw what a run with `--credit macca` has learned: its causal graph, and its credit in one episode of its policy.
+
+python paper/pictures.py runs/RUN        # -> RUN/edges.png (the paper's Figure 3), RUN/credit.png, RUN/episode.gif
+"""
+
+import itertools
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.animation import PillowWriter
+from matplotlib.patches import Circle
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from causal_model import CausalModel
+from data import mpe
+from macca_omar import Actor, fail, make_env  # the same in all three scripts
+
+
+@dataclass
+class Args:
+    run: Annotated[Path, tyro.conf.Positional]
+    """the run folder: runs/... of one of the MACCA scripts"""
+    out: Path | None = None
+    """folder for the pictures; the run folder if not given"""
+    episode_seed: int = 0
+    """reset seed of the episode"""
+
+
+def dimension_names(env: str, agents: int, state_dim: int, action_dim: int, joint: bool) -> tuple[list, list]:
+    """(block, group, dimension) for every dimension of the state, and for those of all agents' actions.
+
+    `joint`: the state is the agents' observations side by side. In Cooperative Navigation every dimension has a name.
+    """
+    numbers = range(1, agents + 1)
+    state = [(f"agent {1 + d * agents // state_dim} observes" if joint else "", "", f"s{d}") for d in range(state_dim)]
+    moves = [f"a{d}" for d in range(action_dim)]
+    if env.startswith("mpe/simple_spread") and (agents, state_dim) == (3, 54):
+        state, moves = [], ["x", "y"] if action_dim == 2 else ["none", "left", "right", "down", "up"]
+        for i in numbers:
+            groups = ["velocity", "position", "landmark 1", "landmark 2", "landmark 3"]
+            groups += [f"agent {j}" for j in numbers if j != i]
+            state += [(f"agent {i} observes", group, axis) for group in groups for axis in "xy"]
+            state += [(f"agent {i} observes", "silent", channel) for channel in "1234"]
+    return state, [(f"agent {i}", "", move) for i in numbers for move in moves]
+
+
+def draw_edges(path: Path, edges: dict[int, torch.Tensor], state_names: list, action_names: list, h: float) -> None:
+    """The paper's Figure 3: every edge's probability at up to four moments, the first and the last among them."""
+    recorded, states = sorted(edges), len(state_names)
+    moments = [recorded[i] for i in sorted(set(np.linspace(0, len(recorded) - 1, 4).round().astype(int)))]
+    agents, rows = len(edges[recorded[0]]), len(moments)
+    widths = [states, min(max(2 * len(action_names), states / 6), states)]
+    size = (13, 1.9 + rows * max(0.8, 0.26 * agents))
+    figure, panels = plt.subplots(rows, 2, squeeze=False, figsize=size, width_ratios=widths, layout="constrained")
+    for row, moment in enumerate(moments):
+        halves = np.split(edges[moment].numpy(), [states], axis=1)
+        for axes, names, half, width in zip(panels[row], (state_names, action_names), halves, widths, strict=True):
+            image = axes.imshow(half, cmap="viridis_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            style = {"ha": "center", "xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "size": 8}
+            for level, line in [(2, 0.7), (1, 2.0)]:  # groups, then blocks: lines between them, names beside them
+                starts = [d for d in range(len(names)) if d == 0 or names[d][:level] != names[d - 1][:level]]
+                for start, end in itertools.pairwise([*starts, len(names)]):
+                    axes.axvline(start - 0.5, color="white", linewidth=line * (start > 0))
+                    if level == 1 and row == 0:
+                        axes.annotate(names[start][0], ((start + end - 1) / 2, 1), xytext=(0, 3), **style)
+                    elif level == 2 and row == rows - 1:
+                        place = {"xytext": (0, -13), "va": "top", "rotation": 90}
+                        axes.annotate(names[start][1], ((start + end - 1) / 2, 0), **place, **style)
+            if row == rows - 1:
+                room = 90 * width / sum(widths)  # more labels than that would overlap
+                shown = range(0, len(names), math.ceil(len(names) / room))
+                turned = 90 * any(len(name[2]) > 1 for name in names)
+                axes.set_xticks(shown, [names[d][2] for d in shown], rotation=turned, fontsize=7)
+            axes.tick_params(length=0, pad=2)
+        panels[row, 0].set_yticks(range(agents), [f"reward of agent {i + 1}" for i in range(agents)], fontsize=8)
+        panels[row, 0].set_ylabel(f"iteration\n{moment:,}", rotation=0, ha="right", va="center", labelpad=8)
+    panels[0, 0].set_title("edges from the state", pad=18)
+    panels[0, 1].set_title("edges from the actions", pad=18)
+    bar = figure.colorbar(image, ax=panels, fraction=0.02, pad=0.01)
+    bar.set_label("edge probability (counts from h on)", size=9)
+    bar.ax.axhline(h, color="red")
+    bar.ax.annotate("h", (0, h), xytext=(-9, -3), textcoords="offset points", color="red")
+    figure.savefig(path, dpi=120)
+
+
+@torch.no_grad()
+def play(env, actor: Actor, causal_model: CausalModel, joint: bool, seed: int) -> tuple[np.ndarray, np.ndarray, list]:
+    """One episode of the deterministic policy: credit [T, N], the environment's rewards [T, N], and pictures.
+
+    A picture (image, agents' positions) shows where a step ended, which is what its reward is paid for.
+    """
+    agents, credit, truth, pictures = env.possible_agents, [], [], []
+    blank, anything = np.zeros(env.observation_space(agents[0]).shape), np.ones(actor.action_dim, bool)
+    observations, infos = env.reset(seed=seed)
+    while env.agents:
+        seen = torch.from_numpy(np.stack([observations.get(a, blank) for a in agents]).astype(np.float32))  # [N, O]
+        masks = np.stack([infos.get(a, {}).get("action_mask", anything) for a in agents]).astype(bool)  # [N, A]
+        state = seen if joint else torch.as_tensor(env.state(), dtype=torch.float32)
+        chosen = actor.act(seen[:, None], torch.from_numpy(masks)[:, None])[:, 0]  # [N, A], or [N] where discrete
+        actions = dict(zip(agents, chosen.numpy(), strict=True))
+        observations, rewards, _, _, infos = env.step({a: actions[a] for a in env.agents})
+        truth.append([rewards.get(a, 0.0) for a in agents])
+        vectors = F.one_hot(chosen, actor.action_dim).float() if actor.discrete else chosen
+        team_reward = torch.tensor([sum(truth[-1])], dtype=torch.float32)
+        credit.append(causal_model.assign(state.flatten()[None], vectors[None], team_reward)[0].numpy())
+        if isinstance(env, mpe.ParticleEnv):
+            pictures.append((env.render(), mpe.positions(env.world.agents)))
+    return np.array(credit), np.array(truth), pictures
+
+
+def draw_credit(path: Path, credit: np.ndarray, truth: np.ndarray, seed: int) -> None:
+    """Assigned and true individual rewards [T, N] over the steps of an episode, a panel for each agent."""
+    steps, agents = np.arange(1, len(credit) + 1), credit.shape[1]
+    even, size = truth.mean(1, keepdims=True), (8, 1.4 + 1.5 * agents)
+    figure, panels = plt.subplots(agents, sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained")
+    for i, axes in enumerate(panels[:, 0]):
+        axes.plot(steps, truth[:, i], color="black", linewidth=4, alpha=0.3, label="true reward")
+        axes.plot(steps, credit[:, i], color=f"C{i}", marker=".", label="credit")
+        axes.plot(steps, even, color="black", linewidth=0.8, label="even split R / N")
+        axes.set_ylabel(f"agent {i + 1}'s reward")
+    panels[-1, 0].set_xlabel("step")
+    panels[-1, 0].locator_params(axis="x", integer=True)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    told = "here all agents earn the same, so that the even split is the truth"
+    if not np.allclose(truth, even):
+        skill = 1 - np.square(credit - truth).sum() / np.square(even - truth).sum()
+        told = f"credit skill {skill:.3g} (1 is perfect, 0 the even split)"
+    figure.suptitle(f"Individual rewards in the episode of seed {seed}; {told}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def draw_episode(path: Path, credit: np.ndarray, truth: np.ndarray, pictures: list, radius: float) -> None:
+    """The episode as an animation, each step's credit as bars beside it; `radius` is an agent's."""
+    rows, low, high = np.arange(credit.shape[1]), min(0, credit.min(), truth.min()), max(0, credit.max(), truth.max())
+    margin = 0.05 * (high - low) or 1.0
+    figure, (world, bars) = plt.subplots(1, 2, figsize=(7.4, 3.9), width_ratios=[1.1, 1])
+    figure.subplots_adjust(left=0.02, right=0.97, bottom=0.22, top=0.91, wspace=0.28)
+    writer = PillowWriter(fps=10)
+    with writer.saving(figure, str(path), dpi=85):
+        for step, (image, positions) in enumerate(pictures):
+            world.clear()
+            world.imshow(image, extent=(-1.5, 1.5, -1.5, 1.5))  # as ParticleEnv.render says
+            world.set(xticks=[], yticks=[], title=f"step {step + 1} of {len(pictures)}")
+            for i, (x, y) in enumerate(positions):
+                world.add_patch(Circle((x, y), radius, fill=False, color=f"C{i}", linewidth=2))
+                world.text(x, y, f"{i + 1}", ha="center", va="center", weight="bold", clip_on=True)
+            bars.clear()
+            bars.barh(rows, credit[step], 0.6, color=[f"C{i}" for i in rows], label="credit")
+            bars.vlines(truth[step], rows - 0.4, rows + 0.4, color="black", label="true reward")
+            bars.axvline(truth[step].mean(), color="gray", linestyle=":", label="even split")
+            bars.axvline(0, color="black", linewidth=0.8)
+            bars.set_yticks(rows, [f"agent {i + 1}\n{credit[step, i]:.1f}" for i in rows])
+            bars.set(xlim=(low - margin, high + margin), ylim=(len(rows) - 0.5, -0.5))
+            bars.locator_params(axis="x", nbins=5)
+            bars.set(title=f"team reward {truth[step].sum():.1f}", xlabel="reward of the step")
+            bars.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+            for _ in range(10 if step + 1 == len(pictures) else 1):  # a second's rest before it starts again
+                writer.grab_frame()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    out = args.out or args.run
+    try:
+        trained = json.loads((args.run / "config.json").read_text())["args"]
+        if trained["credit"] != "macca":
+            fail(f"{args.run} was trained with --credit {trained['credit']}; only macca trains a causal model to draw")
+        checkpoint = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        causal, edges = checkpoint["causal_model"], checkpoint["edges"]
+        networks = [(name.split(".", 1), weight) for name, weight in checkpoint["networks"].items()]
+        weights = {name: weight for (network, name), weight in networks if network == "actor"}
+        agents, observation_dim, hidden_dim = weights["layer1.weight"].shape
+        action_dim = weights["layer3.bias"].shape[2]
+        # A state of observations side by side has their statistics; one that the dataset brought has others.
+        seen, state_mean = weights["mean"].flatten(), causal["state_mean"]
+        joint = len(seen) == len(state_mean) and torch.allclose(seen, state_mean, rtol=1e-3, atol=1e-4)
+        names = dimension_names(trained["env"], agents, len(state_mean), action_dim, joint)
+        causal_model = CausalModel(agents, len(state_mean), action_dim, trained["graph"], h=trained["h"])
+        causal_model.load_state_dict(causal)
+    except Exception as error:  # torch raises many kinds here
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"{args.run} is no run folder that can be drawn ({reason}); expected one that a MACCA script has written")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        draw_edges(out / "edges.png", edges, *names, trained["h"])
+        print(out / "edges.png")
+        env, particles = make_env(trained["env"]), trained["env"].startswith("mpe/")
+        if particles:
+            env = mpe.parallel_env(trained["env"].removeprefix("mpe/"), "rgb_array")
+        discrete = isinstance(env.action_space(env.possible_agents[0]), gymnasium.spaces.Discrete)
+        actor = Actor(agents, observation_dim, action_dim, hidden_dim, discrete)
+        actor.load_state_dict(weights)
+        try:
+            credit, truth, pictures = play(env, actor, causal_model, joint, args.episode_seed)
+        except Exception as error:  # whatever somebody else's environment may raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            fail(f"no episode of {trained['env']} can be played with the policy of {args.run} ({reason})")
+        draw_credit(out / "credit.png", credit, truth, args.episode_seed)
+        print(out / "credit.png")
+        if particles:
+            draw_episode(out / "episode.gif", credit, truth, pictures, env.world.agents[0].size)
+            print(out / "episode.gif")
+        else:
+            print(f"no episode.gif: of the environments only the mpe tasks can be rendered, not {trained['env']}")
+    except OSError as error:
+        fail(f"the pictures cannot be written to {out} ({error}); give another folder with --out")
