@@ -130,6 +130,18 @@ for script, quality, alpha in [
         },
     )
 
+# What Proposition 4.1 does not give: the same data and the same sum, under other conventions, and with the truth told.
+icq = "macca_icq.py --dataset medium"
+TABLES["cn-conventions"] = (
+    [1, 2, 3],
+    {
+        "own things to the owner, the rest evenly": icq,
+        "no convention (anchor 1)": f"{icq} --anchor 1",
+        "no graph": f"{icq} --graph full",
+        "fitted to the true rewards": f"{icq} --causal-target truth",
+    },
+)
+
 
 @dataclass
 class Args:
