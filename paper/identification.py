@@ -331,8 +331,8 @@ if __name__ == "__main__":
         with open(RESULTS) as file:
             rows = list(csv.DictReader(file))
     there = {(r["row"], r["method"], int(r["draw"])) for r in rows}
-    ours, others = METHODS[:2], METHODS[2:]
-    wanted = [(n, m, s) for group in (ours, others) for s in range(1, args.draws + 1) for n in ROWS for m in group]
+    wanted = [(n, m, s) for s in range(1, args.draws + 1) for n in ROWS for m in METHODS]
+    wanted.sort(key=lambda key: (key[1] not in METHODS[:2], ROWS[key[0]]["agents"] == 10))  # the slowest last
     if args.quick:
         args.iterations, wanted = min(args.iterations, 1000), [(n, m, 1) for n, m in QUICK]
     todo = [] if args.show else [key for key in wanted if key not in there]
