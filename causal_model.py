@@ -13,7 +13,7 @@ the joint state and joint action (Eq. 2). Two networks are fitted to the team re
 
 A sum does not say whose its parts are, so two conventions decide. *Own things to the owner*: an edge from a dimension
 that is not the agent's own costs `anchor` times more. *What cannot be attributed, evenly*: beside the agents' slots
-i = 1..N the sum has a common one, i = 0, whose value all agents share; there, dimensions that are nobody's own are the
+i = 1..N the sum has a common one, whose value all agents share alike; there, dimensions that are nobody's own are the
 cheap ones. The file knows nothing of any policy: whatever learns from rewards can use it.
 
     model = CausalModel(num_agents=3, state_dim=54, action_dim=2, state_owner=owners(observations))
@@ -29,10 +29,10 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 
-def owners(observations: torch.Tensor) -> list[int]:
+def owners(observations: Tensor) -> list[int]:
     """Whose own each dimension of the joint state is, where that is the agents' observations [T, N, O] side by side.
 
     A dimension is the observer's own unless it is constant or the others' observations determine it (linearly, but for
@@ -68,14 +68,14 @@ class CausalModel(nn.Module):
         hidden_dim: width of the three hidden layers of the reward predictor (Appendix F.2).
     """
 
-    edge_price: torch.Tensor
-    slot_id: torch.Tensor
-    state_mean: torch.Tensor
-    state_std: torch.Tensor
-    reward_mean: torch.Tensor
-    reward_std: torch.Tensor
-    slot_mean: torch.Tensor
-    unexplained: torch.Tensor
+    edge_price: Tensor
+    slot_id: Tensor
+    state_mean: Tensor
+    state_std: Tensor
+    reward_mean: Tensor
+    reward_std: Tensor
+    slot_mean: Tensor
+    unexplained: Tensor
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class CausalModel(nn.Module):
             {"params": self.edge_network.parameters(), "lr": edge_learning_rate / 40},
         ]
 
-    def fit_statistics(self, state: torch.Tensor, team_reward: torch.Tensor) -> None:
+    def fit_statistics(self, state: Tensor, team_reward: Tensor) -> None:
         """Mean and standard deviation of states [T, S] and team rewards [T]; a constant dimension keeps unit scale."""
         std = state.std(0)
         self.state_mean.copy_(state.mean(0))
@@ -144,11 +144,11 @@ class CausalModel(nn.Module):
         self.reward_mean.copy_(team_reward.mean())
         self.reward_std.copy_(team_reward.std().clamp(min=1e-6))
 
-    def _parents(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def _parents(self, state: Tensor, action: Tensor) -> Tensor:
         """States [B, S] and actions [B, N, A] in units of deviation 1, side by side: the possible parents [B, D]."""
         return torch.cat([(state - self.state_mean) / self.state_std, 3**0.5 * action.flatten(1)], dim=1)
 
-    def _logits(self, parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logits(self, parents: Tensor) -> tuple[Tensor, Tensor]:
         """Log-odds of every edge (Eq. 3) and their part that depends on the state, in [-1, 1]: [B or 1, N + 1, D]."""
         own = self.edge_logits[None]
         if self.graph != "dynamic":
@@ -156,14 +156,14 @@ class CausalModel(nn.Module):
         varying = self.edge_network(parents).view(-1, *self.edge_logits.shape)
         return own + 5 * varying, varying
 
-    def _predict(self, parents: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    def _predict(self, parents: Tensor, masks: Tensor) -> Tensor:
         """psi_r of masked parents [B, D] * [B, N + 1, D] and slot identities: standardised rewards [B, N + 1]."""
         masked = parents[:, None] * masks
         identity = self.slot_id.expand(len(parents), -1, -1)
         return self.reward_network(torch.cat([masked, identity], dim=2)).squeeze(2)
 
     @torch.no_grad()
-    def probabilities(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def probabilities(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Edge probabilities (Eq. 3) from states [B, S] and actions [B, N, A]: [B, N, S] and [B, N, N * A].
 
         An agent's reward depends on a dimension through its own slot or the common one: the more probable edge of both.
@@ -172,15 +172,13 @@ class CausalModel(nn.Module):
         edges = torch.maximum(slots[:, :-1], slots[:, -1:])
         return edges[..., : self.state_dim], edges[..., self.state_dim :]
 
-    def masks(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def masks(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """The edges that count at assignment, 0 or 1: [B, N, S] and [B, N, N * A]."""
         state_edges, action_edges = self.probabilities(state, action)
         return (state_edges >= self.h).float(), (action_edges >= self.h).float()
 
     @torch.no_grad()
-    def assign(
-        self, state: torch.Tensor, action: torch.Tensor, team_reward: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def assign(self, state: Tensor, action: Tensor, team_reward: Tensor | None = None) -> Tensor:
         """Individual rewards (Eq. 6) for states [B, S] and actions [B, N, A]: [B, N], in the team reward's units.
 
         With the recorded team reward [B] they add up to it: what the model leaves unexplained is split evenly, as is
@@ -194,12 +192,8 @@ class CausalModel(nn.Module):
         return rewards * self.reward_std + self.reward_mean / self.num_agents
 
     def loss(
-        self,
-        state: torch.Tensor,
-        action: torch.Tensor,
-        team_reward: torch.Tensor,
-        individual_rewards: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, state: Tensor, action: Tensor, team_reward: Tensor, individual_rewards: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5).
 
         Args:
@@ -211,11 +205,11 @@ class CausalModel(nn.Module):
             The loss, and its squared-error part alone (detached), as a share of the team reward's variance.
         """
         shapes = {
-            "team_reward": (team_reward, (len(state),)),
+            "team_reward": (team_reward, [len(state)]),
             "individual_rewards": (individual_rewards, action.shape[:2]),
         }
         for name, (given, shape) in shapes.items():
-            if given is not None and given.shape != shape:  # torch would broadcast it to a wrong loss
+            if given is not None and given.shape != (*shape,):  # torch would broadcast it to a wrong loss
                 raise ValueError(f"{name} has shape {list(given.shape)}, expected {list(shape)}")
         with torch.no_grad():
             self.edge_logits.clamp_(min=-3.0)  # a closed edge is still tried now and then, and can come back
@@ -244,12 +238,8 @@ class CausalModel(nn.Module):
 
     @torch.no_grad()
     def report(
-        self,
-        state: torch.Tensor,
-        action: torch.Tensor,
-        team_reward: torch.Tensor,
-        individual_rewards: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+        self, state: Tensor, action: Tensor, team_reward: Tensor, individual_rewards: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """How dense the graph and how good the credit is: scalars, for the arguments of `loss`.
 
         `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error

@@ -1,6 +1,6 @@
 """Draw the learning curves of a table: mean return over seeds, with the range, against iterations.
 
-python paper/curves.py cn-expert          # paper/results/cn-expert.csv -> paper/results/cn-expert.png
+python paper/curves.py cn-pilot-length     # paper/results/cn-pilot-length.csv -> .png beside it
 """
 
 import csv

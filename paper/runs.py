@@ -1,7 +1,7 @@
 """Run a table: many trainings side by side, one CSV row each, and what they say together.
 
-    python paper/runs.py cn-expert            # run what is missing of paper/results/cn-expert.csv, then print the table
-    python paper/runs.py cn-expert --show     # print the table only
+    python paper/runs.py cn-medium            # run what is missing of paper/results/cn-medium.csv, then print the table
+    python paper/runs.py cn-medium --show     # print the table only
 
 A run is a script with its arguments and a seed. Rows that exist are skipped, so a table can be stopped and continued.
 Runs are single-threaded: several of them side by side use the cores better than one run with several threads.
