@@ -44,7 +44,7 @@ def owners(observations: Tensor) -> list[int]:
     owner = []
     for agent in range(x.shape[1]):
         own, others = x[:, agent, :-1], torch.cat([x[:, :agent], x[:, agent + 1 :]], dim=1).flatten(1)
-        unexplained = own - others @ torch.linalg.lstsq(others, own, driver="gelsd").solution if others.numel() else own
+        unexplained = own - others @ torch.linalg.lstsq(others, own).solution if others.numel() else own
         share = unexplained.square().mean(0) / own.square().mean(0).clamp(min=1e-12)
         owner += [agent if value > 0.01 else -1 for value in share.tolist()]
     return owner
