@@ -40,13 +40,13 @@ def owners(observations: Tensor) -> list[int]:
     Returns N * O agent numbers, -1 for nobody's.
     """
     x = observations[:: len(observations) // 5000 + 1].double().cpu()
-    x = torch.cat([x - x.mean(0), torch.ones(*x.shape[:2], 1)], dim=2)  # the column of ones stands for the intercept
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)  # a constant becomes 0
     owner = []
     for agent in range(x.shape[1]):
-        own, others = x[:, agent, :-1], torch.cat([x[:, :agent], x[:, agent + 1 :]], dim=1).flatten(1)
-        unexplained = own - others @ torch.linalg.lstsq(others, own).solution if others.numel() else own
-        share = unexplained.square().mean(0) / own.square().mean(0).clamp(min=1e-12)
-        owner += [agent if value > 0.01 else -1 for value in share.tolist()]
+        own, others = x[:, agent], torch.cat([x[:, :agent], x[:, agent + 1 :]], dim=1).flatten(1)
+        gram = others.T @ others / len(x) + 1e-6 * torch.eye(others.shape[1])
+        unexplained = own - others @ torch.linalg.solve(gram, others.T @ own / len(x))
+        owner += [agent if share > 0.01 else -1 for share in unexplained.square().mean(0).tolist()]
     return owner
 
 
