@@ -141,7 +141,7 @@ def check_args(args: Args) -> None:
             high = 1
         elif name.endswith(("_size", "_dim", "_interval", "_episodes", "_samples", "_rounds", "pretrain_iterations")):
             low = 2 if name == "batch_size" else 1  # one row has no deviation to standardise by
-        elif name in ("learning_rate", "causal_learning_rate", "max_grad_norm", "beta"):
+        elif name in ("learning_rate", "causal_learning_rate", "max_grad_norm", "anchor", "beta"):
             low = 1e-9
         if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
             fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")
@@ -804,7 +804,8 @@ if __name__ == "__main__":
             record_edges()
             record(args.eval_episodes)
             checkpoint()
-    record_edges()
+    if iteration == last:
+        record_edges()
     checkpoint()
     if iteration == last and (not rows or rows[-1]["iteration"] < last):
         record(args.final_episodes)

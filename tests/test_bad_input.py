@@ -218,6 +218,7 @@ def test_other_number_types_are_read(tmp_path, monkeypatch):
         (["--tau", 1.1], ["--tau is 1.1"]),
         (["--lambda1", -1], ["--lambda1 is -1"]),
         (["--anchor", -1], ["--anchor is -1"]),
+        (["--anchor", 0], ["--anchor is 0"]),
         (["--seed", -1], ["--seed is -1"]),
         (["--hidden-dim", 0], ["--hidden-dim is 0"]),
         (["--eval-interval", 0], ["--eval-interval is 0"]),
