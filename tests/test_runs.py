@@ -12,9 +12,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import toy
+
+from causal_model import CausalModel
 
 SHORT = ["--env", "toy:matching", "--no-cuda", "--batch-size", 16, "--hidden-dim", 8]
 SHORT += ["--eval-interval", 20, "--eval-episodes", 2, "--final-episodes", 3]
@@ -90,7 +93,8 @@ def test_resumed_run_ends_with_the_same_weights(script, graph, schedule, dataset
         status, stdout, stderr = toy.run(script, tmp_path / "stopped", *flags, monkeypatch=patch)
     assert status == 128 + signal.SIGINT, stderr
     stopped = toy.run_folder(tmp_path / "stopped")
-    assert torch.load(stopped / "checkpoint.pt", weights_only=True)["iteration"] == 33
+    checkpoint = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    assert checkpoint["iteration"] == 33 and list(checkpoint["edges"]) == [0, 20]
     assert "stopped at iteration 33" in stdout and f"python {script}.py --resume runs/{stopped.name}" in stdout
     start(script, tmp_path / "stopped", "--no-cuda", "--resume", f"runs/{stopped.name}", monkeypatch=monkeypatch)
     assert_same_runs(whole, stopped)
@@ -181,6 +185,21 @@ def test_run_folder_and_evaluation_of_its_policy(script, dataset, tmp_path, monk
 
     final = rows(run)[-1]
     assert int(final["iteration"]) == 25 and int(final["episodes"]) == 3
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    module, edges = importlib.import_module(script), checkpoint["edges"]
+    assert list(edges) == [0, 20, 25]  # where it was evaluated, and before anything was learned
+    model = CausalModel(2, 4, 2)
+    model.load_state_dict(checkpoint["causal_model"])
+    args = module.Args(env="toy:matching", cuda=False)
+    _, held_out = module.hold_out(module.load_dataset(dataset, args, toy.Matching())[0])
+    probabilities = model.probabilities(held_out["observations"].flatten(1), held_out["actions"])
+    torch.testing.assert_close(edges[25], torch.cat([part.mean(0) for part in probabilities], dim=1))
+    assert all(not torch.equal(edges[0], edges[iteration]) for iteration in (20, 25))
+    expected = torch.zeros(2, 8)  # log-odds at the start: each agent's own half of the state and own action, 4
+    for agent in range(2):
+        expected[agent, 2 * agent : 2 * agent + 2] = expected[agent, 4 + 2 * agent : 6 + 2 * agent] = 4
+    torch.testing.assert_close(edges[0], expected.sigmoid())
+
     for name in ("policy.pt", "checkpoint.pt"):
         evaluation = [*flags[:-1], 0, "--checkpoint", run / name]
         stdout = start(script, tmp_path, *evaluation, monkeypatch=monkeypatch)
@@ -189,6 +208,28 @@ def test_run_folder_and_evaluation_of_its_policy(script, dataset, tmp_path, monk
         # Actors alone bring no causal model: numbers of one that never learned would deceive.
         assert ("credit_skill" in printed) == (name == "checkpoint.pt")
     assert toy.run_folder(tmp_path) == run  # an evaluation leaves no run of its own
+
+
+@pytest.mark.parametrize("script", toy.SCRIPTS)
+def test_whose_own_the_state_is(script, tmp_path, monkeypatch):
+    """What all agents see is nobody's own, and so is all of a state that the dataset brings."""
+    arrays = toy.record(toy.Matching(), 100)
+    shared = arrays["observations"].copy()
+    shared[:, 1, 0] = shared[:, 0, 0]
+    states = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    for name, changes, nobodys in [
+        ("seen", {"observations": shared}, [0, 2]),
+        ("brought", {"states": states}, [0, 1, 2]),
+    ]:
+        (tmp_path / name).mkdir()
+        path = toy.write(tmp_path / name / "data.npz", **changes)
+        start(script, tmp_path / name, *SHORT, "--dataset", path, "--total-iterations", 1, monkeypatch=monkeypatch)
+        run = toy.run_folder(tmp_path / name)
+        edges = torch.load(run / "checkpoint.pt", weights_only=True)["edges"][0][:, :-4]  # [2, S], before training
+        cheap = torch.zeros(edges.shape[1])
+        cheap[nobodys] = 6.0  # for the common slot
+        own = torch.tensor([[0.0, 4, 0, 0], [0, 0, 0, 4]]) if name == "seen" else torch.zeros(2, 3)
+        torch.testing.assert_close(edges, torch.maximum(own, cheap).sigmoid())
 
 
 def test_training_goes_on_from_a_checkpoint(dataset, tmp_path, monkeypatch):
@@ -232,6 +273,42 @@ def test_preset_takes_the_row_of_the_quality(script, tmp_path, monkeypatch):
         assert ("row for expert data" in stdout) == (quality == "unheard-of")  # it says which row it took
     assert module.PAPER_QUALITY["expert"]["lambda1"] == 7e-3 and module.PAPER["learning_rate"] == 3e-4
     assert module.PAPER_QUALITY["random"]["lambda1"] == 1e-7 and module.PAPER_QUALITY["random"]["lambda2"] == 1e-3
+
+
+# ---- tables of runs ----
+
+FAKE = """
+import json, pathlib, sys
+run = pathlib.Path("runs/one")
+run.mkdir(parents=True)
+(run / "config.json").write_text(json.dumps({"versions": {}, "commit": "", "args": sys.argv[1:]}))
+(run / "metrics.csv").write_text(f"iteration,return,score\\n9,1.5,{sys.argv[-1]}\\n")
+"""
+
+
+def test_one_row_of_a_table(tmp_path):
+    """--only runs that row's seeds and no other row; a row that the table does not have is refused."""
+    table, datasets = tmp_path / "paper" / "results" / "cn-medium.csv", tmp_path / "data/datasets/mpe/simple_spread"
+    table.parent.mkdir(parents=True)
+    datasets.mkdir(parents=True)
+    (datasets / "medium.npz").touch()
+    shutil.copy(toy.ROOT / "paper" / "runs.py", tmp_path / "paper")
+    (tmp_path / "paper" / "bc.py").write_text(FAKE)  # the scripts of the other rows are not even there
+
+    def run(*flags):
+        runs = process(tmp_path, "paper/runs.py", "cn-medium", "--jobs", 1, *flags)
+        return *runs.communicate(timeout=120), runs.returncode
+
+    stdout, stderr, status = run("--only", "behavior cloning")
+    assert (status, stdout, stderr.count("\n")) == (2, "", 1), stderr
+    assert "behavior cloning" in stderr and "behaviour cloning, CQL, OMAR, ICQ" in stderr and not table.exists()
+    for _ in range(2):  # the second time there is nothing left to do
+        stdout, stderr, status = run("--only", "behaviour cloning")
+        assert status == 0, stderr
+        with open(table) as file:
+            there = [(row["label"], row["seed"], row["score"]) for row in csv.DictReader(file)]
+        assert there == [("behaviour cloning", seed, seed) for seed in "123"]
+        assert "| behaviour cloning | 3 | 9 | 2.0 ± 1.0 |" in stdout
 
 
 # ---- the scripts as files ----

@@ -212,6 +212,53 @@ def test_minibatches(script):
     assert counts.min() > 50 and counts.max() < 150  # 100 each, standard deviation 10
 
 
+# ---- what is held out ----
+
+
+def make_episodes(lengths, unfinished=False):
+    """Rows that know their own number and their episode's; every other episode ends by a terminal."""
+    episode = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    ends = torch.cat([episode[1:] != episode[:-1], torch.tensor([not unfinished])])
+    rows = torch.arange(len(episode))
+    data = {"terminals": ends & (episode % 2 == 0), "timeouts": ends & (episode % 2 == 1), "episode": episode}
+    return data | {"rewards": rows.float(), "observations": rows[:, None, None].expand(-1, 2, 3).float()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_held_out_episodes(script, unfinished):
+    """Whole episodes, about a tenth of the rows: a credit measured on what was trained on would flatter."""
+    lengths = np.random.default_rng(0).integers(1, 40, 300).tolist()
+    data = make_episodes(lengths, unfinished)
+    torch.manual_seed(1)
+    kept, held = script.hold_out(data)
+    drawn = torch.rand(1)
+    for name, value in data.items():  # every row is in one of both, whole and in the order that it had
+        pairs = zip((kept, held), (kept["rewards"].long(), held["rewards"].long()), strict=True)
+        assert all(torch.equal(part[name], value[rows]) for part, rows in pairs), name
+    assert sorted(torch.cat([kept["rewards"], held["rewards"]]).tolist()) == data["rewards"].tolist()
+    assert kept["rewards"].diff().min() > 0 and held["rewards"].diff().min() > 0
+    assert not set(kept["episode"].tolist()) & set(held["episode"].tolist())
+    assert 0 <= len(held["rewards"]) - sum(lengths) / 10 < max(lengths)
+    episodes = held["episode"].unique().float()
+    assert episodes.min() < 100 and episodes.max() > 200  # from all over the dataset, which may be sorted by quality
+    # The same ones whatever the seed, and nothing random is used up: the run is that of its seed.
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(script.hold_out(data)[1]["rewards"], held["rewards"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_held_out_of_large_and_single_episodes(script):
+    """More than 10,000 rows measure nothing better; what is one episode cannot be split."""
+    _, held = script.hold_out(make_episodes([25] * 5000))
+    assert len(held["rewards"]) == 10_000
+    for unfinished in (False, True):
+        data = make_episodes([50], unfinished)
+        for part in script.hold_out(data):
+            assert part.keys() == data.keys() and all(torch.equal(part[name], data[name]) for name in data)
+
+
 # ---- credit ----
 
 
@@ -234,8 +281,9 @@ def test_credit(script):
                 elif credit == "truth":
                     assert found == data["individual_rewards"][row, agent].item()
         if credit == "macca":
-            expected = model.assign(data["observations"].flatten(1), data["actions"])
+            expected = model.assign(data["observations"].flatten(1), data["actions"], data["rewards"])
             torch.testing.assert_close(rewards, expected)
+            torch.testing.assert_close(rewards.sum(1), data["rewards"])  # nothing of it is lost
             assert not torch.equal(rewards[:, 0], rewards[:, 1])
 
 
@@ -265,7 +313,7 @@ def test_credit_comes_before_the_causal_step(script, monkeypatch):
     """Algorithm 1: rewards (line 4) are assigned with the model as it was, then the model is stepped (line 5)."""
     data, seen = make_data(), []
     args, nets, model, optimizers = make(script, standardize_rewards=False)
-    expected = model.assign(data["observations"].flatten(1), data["actions"])
+    expected = model.assign(data["observations"].flatten(1), data["actions"], data["rewards"])
     genuine = script.critic_loss
     monkeypatch.setattr(
         script, "critic_loss", lambda batch, rewards, *rest: seen.append(rewards) or genuine(batch, rewards, *rest)
@@ -275,8 +323,33 @@ def test_credit_comes_before_the_causal_step(script, monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("transitions", [64, 63])
+@pytest.mark.parametrize("target", ["team", "truth"])
+def test_the_causal_step_takes_half_of_the_minibatch(script, transitions, target):
+    """The first half, rounded up, trains the causal model; the policy learns from all of it."""
+    data = {name: value[:transitions] for name, value in make_data().items()}
+    half = {name: value[:32] for name, value in data.items()}
+    second = {name: value.clone() for name, value in data.items()}
+    for name in ("observations", "rewards", "individual_rewards"):
+        second[name][32:] = torch.randn_like(second[name][32:])
+    nets, model = updated(script, data, causal_target=target, standardize_rewards=False)
+    other_nets, other_model = updated(script, second, causal_target=target, standardize_rewards=False)
+    assert same(model.state_dict().values(), other_model.state_dict().values())
+    assert not same(weights(nets), weights(other_nets))
+    _, _, model_by_hand, optimizers = make(script)
+    for iteration in range(3):
+        torch.manual_seed(iteration)
+        truth = half["individual_rewards"] if target == "truth" else None
+        loss, _ = model_by_hand.loss(half["observations"].flatten(1), half["actions"], half["rewards"], truth)
+        optimizers["causal"].zero_grad()
+        loss.backward()
+        optimizers["causal"].step()
+    assert same(weights(model), weights(model_by_hand))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_measured_credit(script):
-    """Table 13's numbers and the skill against the uniform split, by hand; Eq. 6's masks give the densities."""
+    """Table 13's numbers and the skill against the even split, by hand; Eq. 6's masks give the densities."""
     data = make_data()
     args, nets, model, _ = make(script, h=0.5)
     with torch.no_grad():
@@ -284,14 +357,16 @@ def test_measured_credit(script):
     model.fit_statistics(data["observations"].flatten(1), data["rewards"])
     metadata = {"random_return": -6.0, "expert_return": 2.0, "paper_random_return": 0.0, "paper_expert_return": 1.0}
     row = script.measure(toy.Matching(), nets, model, data, metadata, args, 2)
-    assigned = model.assign(data["observations"].flatten(1), data["actions"]).numpy()
+    inputs = data["observations"].flatten(1), data["actions"]
+    predicted, assigned = model.assign(*inputs).sum(1).numpy(), model.assign(*inputs, data["rewards"]).numpy()
     truth, team = data["individual_rewards"].numpy(), data["rewards"].numpy()
     mse = ((assigned - truth) ** 2).mean()
     assert row["credit_mse"] == pytest.approx(mse, rel=1e-4)
     assert row["credit_mae"] == pytest.approx(np.abs(assigned - truth).mean(), rel=1e-4)
     assert row["credit_skill"] == pytest.approx(1 - mse / ((team[:, None] / N - truth) ** 2).mean(), rel=1e-4)
-    assert row["team_nmse"] == pytest.approx(((assigned.sum(1) - team) ** 2).mean() / team.var(ddof=1), rel=1e-4)
-    edges = torch.sigmoid(model.edge_logits.detach())  # the dynamic part is zero before training
+    assert row["team_nmse"] == pytest.approx(((predicted - team) ** 2).mean() / team.var(ddof=1), rel=1e-4)
+    slots = torch.sigmoid(model.edge_logits.detach())  # the dynamic part is zero before training
+    edges = torch.maximum(slots[:N], slots[N])
     assert row["state_density"] == pytest.approx((edges[:, : N * OBS] >= 0.5).float().mean().item())
     assert row["action_density"] == pytest.approx((edges[:, N * OBS :] >= 0.5).float().mean().item())
     assert row["score"] == pytest.approx(100 * (row["return"] + 6) / 8)
