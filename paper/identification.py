@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "b: 3 agents": {"family": "b", "agents": 3},
     "b: 5 agents": {"family": "b", "agents": 5},
     "b: 10 agents": {"family": "b", "agents": 10},
+    "b: 3, half as large": {"family": "b", "agents": 3, "shared": 4.0},
     "c: 2 agents": {"family": "c", "agents": 2},
     "c: 3 agents": {"family": "c", "agents": 3},
     "c: 5 agents": {"family": "c", "agents": 5},
@@ -101,10 +102,12 @@ def draw(
     noise: float = 0.0,
     discrete: bool = False,
     team: str = "sum",
+    shared: float = 8.0,
 ) -> Problem:
     """A problem of TRAIN + HELD_OUT samples: parents and weights at random, three own state dimensions and an action.
 
     `correlated`: half of every state dimension's variance comes from common factors, and actions follow the state.
+    `shared`: the largest cost of two neighbours in family (b).
     `noise`: deviation of the noise in each reward, as a share of the reward's own.
     """
     g = torch.Generator().manual_seed(seed)
@@ -150,7 +153,7 @@ def draw(
             pair = (i, (i + 1) % agents)
             mine, theirs = order[pair[0], 3:5], order[pair[1], 5:7]
             gap = x[:, pair[0], mine] - x[:, pair[1], theirs]
-            cost = 4 * torch.exp(-gap.square().sum(1) / 2)
+            cost = shared * torch.exp(-gap.square().sum(1) / 2)
             for j in pair:
                 rewards[:, j] -= cost / 2
                 edges[:, j, pair[0] * dims + mine] = 1
