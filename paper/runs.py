@@ -114,6 +114,7 @@ TABLES["cn-conventions"] = (
         "no convention (anchor 1)": f"{alone} --dataset medium --anchor 1",
         "no graph": f"{alone} --dataset medium --graph full",
         "fitted to the true rewards": f"{alone} --dataset medium --causal-target truth",
+        "fitted to the true rewards, no graph": f"{alone} --dataset medium --causal-target truth --graph full",
     },
 )
 
