@@ -338,7 +338,7 @@ if __name__ == "__main__":
     there = {(r["row"], r["method"], int(r["draw"])) for r in rows}
     wanted = [(n, m, s) for s in range(1, args.draws + 1) for n in ROWS for m in METHODS]
     wanted = [key for key in wanted if key[1] in METHODS[:2] or key[0] in COMPARED]
-    wanted.sort(key=lambda key: (key[1] not in METHODS[:2], ROWS[key[0]]["agents"] == 10))  # the slowest last
+    wanted.sort(key=lambda key: (ROWS[key[0]]["agents"] == 10, key[1] not in METHODS[:2]))  # the slowest last
     if args.quick:
         args.iterations, wanted = min(args.iterations, 1000), [(n, m, 1) for n, m in QUICK]
     todo = [] if args.show else [key for key in wanted if key not in there]
