@@ -36,7 +36,7 @@ def owners(observations: Tensor) -> list[int]:
     """Whose own each dimension of the joint state is, where that is the agents' observations [T, N, O] side by side.
 
     A dimension is the observer's own unless it is constant or the others' observations determine it (linearly, but for
-    1 % of its variance): a reward that depends on it is then as well a function of what another agent sees.
+    1 % of its variance): a reward that depends on it is then as well a function of what the others see.
     Returns N * O agent numbers, -1 for nobody's.
     """
     x = observations[:: len(observations) // 5000 + 1].double().cpu()
@@ -145,11 +145,11 @@ class CausalModel(nn.Module):
         self.reward_std.copy_(team_reward.std().clamp(min=1e-6))
 
     def _parents(self, state: Tensor, action: Tensor) -> Tensor:
-        """States [B, S] and actions [B, N, A] in units of deviation 1, side by side: the possible parents [B, D]."""
+        """States [B, S] and actions [B, N, A], the latter as if uniform on [-1, 1], scaled: the possible parents [B, D]."""
         return torch.cat([(state - self.state_mean) / self.state_std, 3**0.5 * action.flatten(1)], dim=1)
 
     def _logits(self, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-odds of every edge (Eq. 3) and their part that depends on the state, in [-1, 1]: [B or 1, N + 1, D]."""
+        """Log-odds of every edge (Eq. 3), and a fifth of their part that depends on (s, a): both [B or 1, N + 1, D]."""
         own = self.edge_logits[None]
         if self.graph != "dynamic":
             return (torch.full_like(own, torch.inf) if self.graph == "full" else own), torch.zeros_like(own)
@@ -173,7 +173,7 @@ class CausalModel(nn.Module):
         return edges[..., : self.state_dim], edges[..., self.state_dim :]
 
     def masks(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The edges that count at assignment, 0 or 1: [B, N, S] and [B, N, N * A]."""
+        """The edges that count at assignment, in either slot, 0 or 1: [B, N, S] and [B, N, N * A]."""
         state_edges, action_edges = self.probabilities(state, action)
         return (state_edges >= self.h).float(), (action_edges >= self.h).float()
 
@@ -202,7 +202,7 @@ class CausalModel(nn.Module):
                 reward instead of their sum to the team's (Table 5, "MACCA with ground truth").
 
         Returns:
-            The loss, and its squared-error part alone (detached), as a share of the team reward's variance.
+            The loss, and its squared-error part alone (detached), in units of the team reward's variance.
         """
         shapes = {
             "team_reward": (team_reward, [len(state)]),
@@ -212,7 +212,7 @@ class CausalModel(nn.Module):
             if given is not None and given.shape != (*shape,):  # torch would broadcast it to a wrong loss
                 raise ValueError(f"{name} has shape {list(given.shape)}, expected {list(shape)}")
         with torch.no_grad():
-            self.edge_logits.clamp_(min=-3.0)  # a closed edge is still tried now and then, and can come back
+            self.edge_logits.clamp_(min=-3.0)  # so that a closed edge is tried now and then, and can come back
         parents = self._parents(state, action)
         logits, varying = self._logits(parents)
         # Gates are drawn 0 or 1 (binary concrete), so that training and assignment see the same kind of mask: a soft

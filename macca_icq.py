@@ -133,9 +133,11 @@ def check_args(args: Args) -> None:
         low, high = 0, math.inf
         if name in ("gamma", "h", "tau", "target_rate", "expectile"):
             high = 1
+        elif name == "anchor":
+            low = 1
         elif name.endswith(("_size", "_dim", "_interval", "_episodes", "_samples", "_rounds", "pretrain_iterations")):
             low = 2 if name == "batch_size" else 1  # one row has no deviation to standardise by
-        elif name in ("learning_rate", "causal_learning_rate", "max_grad_norm", "anchor", "beta"):
+        elif name in ("learning_rate", "causal_learning_rate", "max_grad_norm", "beta"):
             low = 1e-9
         if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
             fail(f"--{name.replace('_', '-')} is {value}, expected a number from {low} to {high}")

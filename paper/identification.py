@@ -331,6 +331,16 @@ def show(rows: list[dict]) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    usual = Args()
+    if min(args.draws, args.jobs, args.iterations, args.batch_size, args.hidden_dim) < 1:
+        print("identification.py: a number below 1 makes no sense for any of its flags; leave it out", file=sys.stderr)
+        raise SystemExit(2)
+    for name in ("iterations", "batch_size", "hidden_dim"):
+        if getattr(args, name) != getattr(usual, name) and not args.quick:
+            print(
+                f"identification.py: {RESULTS.name} holds the usual settings; give --quick with others", file=sys.stderr
+            )
+            raise SystemExit(2)
     rows: list[dict] = []
     if RESULTS.exists() and not args.quick:
         with open(RESULTS) as file:
@@ -342,6 +352,9 @@ if __name__ == "__main__":
     if args.quick:
         args.iterations, wanted = min(args.iterations, 1000), [(n, m, 1) for n, m in QUICK]
     todo = [] if args.show else [key for key in wanted if key not in there]
+    if not todo:
+        show(rows)
+        raise SystemExit
     with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="fit", smoothing=0) as progress:
         try:
             for future in as_completed([pool.submit(job, *key, args) for key in todo]):

@@ -59,8 +59,8 @@ if __name__ == "__main__":
             if subprocess.run(command).returncode:
                 raise SystemExit(2)
         if not (RESULTS / f"{table}.csv").exists():
-            print(f"scale_or_credit.py: {table} has no results yet; run this without --show", file=sys.stderr)
-            raise SystemExit(2)
+            print(f"scale_or_credit.py: {table} has no results yet; its column is empty", file=sys.stderr)
+            continue
         with open(RESULTS / f"{table}.csv") as file:
             for row in csv.DictReader(file):
                 scores.setdefault(row["label"], {}).setdefault(table, []).append(float(row["score"]))
