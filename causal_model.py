@@ -145,7 +145,7 @@ class CausalModel(nn.Module):
         self.reward_std.copy_(team_reward.std().clamp(min=1e-6))
 
     def _parents(self, state: Tensor, action: Tensor) -> Tensor:
-        """States [B, S] and actions [B, N, A], the latter as if uniform on [-1, 1], scaled: the possible parents [B, D]."""
+        """States [B, S] and actions [B, N, A], scaled (actions as if uniform): the possible parents [B, D]."""
         return torch.cat([(state - self.state_mean) / self.state_std, 3**0.5 * action.flatten(1)], dim=1)
 
     def _logits(self, parents: Tensor) -> tuple[Tensor, Tensor]:
