@@ -62,7 +62,7 @@ class CausalModel(nn.Module):
         state_owner: for each state dimension the agent whose own it is, or -1 for nobody's; None: all nobody's.
         anchor: the L1 penalty of an edge between an agent's slot and a dimension that is not its own, or between the
             common slot and one that is somebody's own, as a multiple of an own edge's; an edge between the common slot
-            and what is nobody's own costs the anchor-th part. 1: no convention, the paper's letter.
+            and what is nobody's own costs the anchor-th part. 1: all edges cost alike, as in the paper.
         lambda1, lambda2: L1 penalties on state and action edges (Eq. 5).
         h: an edge counts at assignment when its probability is at least h (Eq. 6).
         hidden_dim: width of the three hidden layers of the reward predictor (Appendix F.2).

@@ -43,6 +43,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "a: 3, correlated": {"family": "a", "agents": 3, "correlated": True},
     "a: 3, kinked": {"family": "a", "agents": 3, "parts": "kinked"},
     "a: 3, sparse": {"family": "a", "agents": 3, "parts": "sparse"},
+    "a: 3, spikes": {"family": "a", "agents": 3, "parts": "spikes"},
+    "a: 3, half-kinked": {"family": "a", "agents": 3, "parts": "half-kinked", "correlated": True},
     "a: 3, noise": {"family": "a", "agents": 3, "noise": 0.2},
     "a: 3, 30 dimensions": {"family": "a", "agents": 3, "dims": 30},
     "a: 3, discrete": {"family": "a", "agents": 3, "discrete": True},
@@ -139,12 +141,18 @@ def draw(
         else:
             d = int(torch.randint(2, (), generator=g))
             u, used = math.sqrt(3) * action[:, i, d], [d]
-            moved = weight * {"smooth": u**2, "kinked": 1.5 * u.abs(), "sparse": 2.5 * torch.exp(-3 * u**2)}[parts]
+            bump, step = 2.5 * torch.exp(-3 * u**2), 2 * (u > 1).float()
+            shapes = {"smooth": u**2, "kinked": 1.5 * u.abs(), "sparse": bump, "spikes": step}
+            moved = weight * (shapes | {"half-kinked": 1.5 * u.clamp(min=0)})[parts]
         if parts == "smooth":
             rewards[:, i] = torch.sin(1.5 * a) + b * c + moved
         elif parts == "kinked":
             rewards[:, i] = 1.5 * a.abs() + torch.maximum(b, c) + moved
-        else:  # bumps: near zero for most samples
+        elif parts == "half-kinked":
+            rewards[:, i] = a.abs() + torch.maximum(b, c) + moved
+        elif parts == "spikes":  # steps that are rarely up, and a peak
+            rewards[:, i] = 2 * ((a.abs() < 0.5) & (b > 0)) + 1 / (c.abs() + 0.3) + moved
+        else:  # smooth bumps
             rewards[:, i] = 3 * torch.exp(-3 * a**2) + 4 * torch.exp(-1.5 * (b**2 + c**2)) + moved
         edges[:, i, i * dims + order[i, :3]] = 1
         edges[:, i, [agents * dims + i * num_actions + d for d in used]] = 1

@@ -3,8 +3,8 @@
     python paper/scale_or_credit.py            # about six hours of one core: five seeds, four qualities
     python paper/scale_or_credit.py --show     # from paper/results/scale-*.csv alone
 
-Three steps lead from the team reward as it is to the true individual rewards: dividing it by N and standardising it
-change its scale and nothing else; only what is left is credit.
+Three steps lead from the team reward as it is to the true individual rewards: dividing it by N changes its scale,
+standardising it over the minibatch its scale and its offset; only what is left is credit.
 """
 
 import csv
@@ -39,6 +39,7 @@ LABELS = {
     "macca": "MACCA's share, standardised",
     "truth": "true individual rewards, standardised",
 }
+PAIRS = [("uniform, raw", "team, raw"), ("team", "team, raw"), ("macca", "team"), ("truth", "team")]
 COLOURS = ["0.6", "#d95f02", "#e6ab02", "#fdcdac", "#66a61e", "#7570b3", "#1b9e77"]
 
 
@@ -53,6 +54,7 @@ class Args:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     scores: dict[str, dict[str, list[float]]] = {}
+    by_seed: dict[tuple[str, str], dict[str, float]] = {}
     for table in COLUMNS:
         if not args.show:
             command = [sys.executable, str(ROOT / "paper" / "runs.py"), table, "--jobs", str(args.jobs)]
@@ -64,6 +66,7 @@ if __name__ == "__main__":
         with open(RESULTS / f"{table}.csv") as file:
             for row in csv.DictReader(file):
                 scores.setdefault(row["label"], {}).setdefault(table, []).append(float(row["score"]))
+                by_seed.setdefault((table, row["label"]), {})[row["seed"]] = float(row["score"])
 
     print("| what the backbone is told | " + " | ".join(COLUMNS.values()) + " |\n|---" + "|---" * len(COLUMNS) + "|")
     figure, axes = plt.subplots(figsize=(11, 4))
@@ -81,6 +84,14 @@ if __name__ == "__main__":
                 axes.bar(x, statistics.mean(values), width * 0.92, color=colour, label=legend)
                 axes.scatter([x] * len(values), values, s=7, color="black", zorder=3)
         print(f"| {LABELS[label]} | " + " | ".join(cells) + " |")
+    print("\n| paired by seed | " + " | ".join(COLUMNS.values()) + " |\n|---" + "|---" * len(COLUMNS) + "|")
+    for one, other in PAIRS:
+        cells = []
+        for table in COLUMNS:
+            left, right = by_seed.get((table, one), {}), by_seed.get((table, other), {})
+            gaps = [left[seed] - right[seed] for seed in left if seed in right]
+            cells.append(f"{statistics.mean(gaps):+.1f} ± {t_interval(gaps):.1f}" if len(gaps) > 1 else "")
+        print(f"| {one} minus {other} | " + " | ".join(cells) + " |")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(COLUMNS)), list(COLUMNS.values()))
     axes.set_ylabel("score of the last policy (random 0, expert 100)")

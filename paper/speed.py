@@ -94,7 +94,7 @@ if __name__ == "__main__":
             made_up(path, args.transitions)
         data, _ = base.load_dataset(path, settings["team"], env)
     device = torch.device("cuda" if args.cuda else "cpu")
-    data = {name: tensor.to(device) for name, tensor in data.items()}
+    data = {name: tensor.to(device) for name, tensor in base.hold_out(data)[0].items()}
     agents, observation_dim = data["observations"].shape[1:]
     nets = base.Networks(agents, observation_dim, 2, False, settings["team"]).to(device)
     nets.fit_statistics(data["observations"])
