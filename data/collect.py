@@ -1,22 +1,26 @@
 """Trains behaviour policies online and records offline datasets with them.
 
-    python data/collect.py --env mpe/simple_spread --quality expert --transitions 1000000    # with the shipped weights
-    python data/collect.py --env mpe/simple_spread --quality medium-replay                   # trains up to "medium"
-    python data/collect.py --env mpe/simple_spread --train                                   # makes the weights anew
+    python data/collect.py --env mpe/simple_tag --quality medium      # a million transitions, with the shipped weights
+    python data/collect.py --all                                      # every dataset of data/README.md, at full size
+    python data/collect.py --env mpe/simple_tag --train --overwrite   # makes the weights anew
 
 The algorithm is TD3 (Fujimoto et al. 2018, https://arxiv.org/abs/1802.09477) with one actor per agent on its own
 observation and two centralised critics on all observations and actions, which predict the mean of the agents' returns
-and so need no credit assignment. The four qualities, after D4RL and OMAR (https://arxiv.org/abs/2111.11188):
+and so need no credit assignment; for discrete actions the actors draw from a Gumbel-softmax, as in MADDPG. Where a task
+has prey, predators and prey first learn against each other; then the prey is frozen, and the predators begin anew
+against it. The four qualities, after D4RL and OMAR (https://arxiv.org/abs/2111.11188):
 
     random         freshly initialised actors, new ones for every episode
-    medium-replay  every episode seen in training until the medium policy was reached
-    medium         the first policy whose evaluation reached `--medium-return`
-    expert         the best policy of the whole training
+    medium-replay  every episode of the training until the medium policy was reached
+    medium         the first policy whose evaluation came as far between random and expert as OMAR's medium data did
+    expert         the policy of the training that was evaluated best
 
-The file format is described in data/README.md.
+Worlds are played many at a time (`BatchedEnv` of data/mpe.py). The file format is described in data/README.md.
 """
 
+import copy
 import csv
+import dataclasses
 import json
 import os
 import sys
@@ -37,11 +41,31 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/collect.py` finds the package `data`
 from data import mpe  # noqa: E402
 
-# The constants that the paper's scores are normalised with; ours are measured and stored beside them.
-PAPER_RETURNS = {"mpe/simple_spread": {"paper_random_return": 160.042, "paper_expert_return": 516.526}}
+# The constants that the paper's scores are normalised with, random and expert; ours are measured and stored as well.
+PAPER_RETURNS = {
+    "mpe/simple_spread": (160.042, 516.526),
+    "mpe/simple_tag": (-2.569, 90.637),
+    "mpe/simple_world": (-8.734, 34.661),
+    "mpe/simple_world_3v1": (-8.734, 34.661),
+}
 TEAM_REWARD_ONLY = ("mpe/simple_spread_sparse",)  # nothing in this reward is an agent's own
-MEDIUM_RETURN = {"mpe/simple_spread": 273.0}  # the average of OMAR's medium dataset
-LOCKSTEP = 20  # environments that training plays side by side, so that a policy is one batched forward pass
+# Tasks that differ from another one in their reward alone are played by the other's policies.
+POLICIES_OF = {
+    "mpe/simple_spread_sparse": "mpe/simple_spread",
+    "mpe/simple_tag_local": "mpe/simple_tag",
+    "mpe/simple_world_local": "mpe/simple_world",
+}
+# How far the mean return of OMAR's medium datasets lies on the way from that of its random to that of its expert ones.
+MEDIUM_SHARE = {"simple_spread": 0.31, "simple_tag": 0.57, "simple_world": 0.79}
+FOUR, TWO = ("random", "medium-replay", "medium", "expert"), ("medium", "expert")
+ALL = [(f"mpe/{task}", quality) for task in ("simple_spread", "simple_tag", "simple_world") for quality in FOUR]
+ALL += [
+    (f"mpe/{task}", quality)
+    for task in ("simple_spread_sparse", "simple_spread_discrete", "simple_tag_local", "simple_world_local")
+    for quality in TWO
+]
+LOCKSTEP = 100  # worlds that training plays side by side
+EVALUATED = 400  # worlds that are evaluated side by side
 
 
 @dataclass
@@ -60,16 +84,18 @@ class Args:
     """the file to write, by default data/datasets/<env>/<quality>.npz; with --train a folder, data/policies/<env>"""
     overwrite: bool = False
     """replace the file (or, with --train, the policies) if it exists"""
+    all: bool = False
+    """record every dataset of data/README.md at full size; those that are there already are left alone"""
     train: bool = False
     """train the behaviour policies and write data/policies/<env>/ instead of recording a dataset"""
 
-    # Training (used by --train and by medium-replay)
+    # Training (used by --train; medium-replay repeats the training that made its medium policy)
     train_episodes: int = 40_000
-    """episodes of training, in rounds of 20"""
-    updates_per_round: int = 50
-    """gradient updates after every round of 20 episodes"""
-    medium_return: float | None = None
-    """the evaluation return at which a policy is medium; by default 273 for mpe/simple_spread"""
+    """episodes of training, in rounds of 100"""
+    prey_episodes: int = 20_000
+    """episodes in which predators and prey learn against each other, before"""
+    updates_per_round: int = 250
+    """gradient updates after every round of 100 episodes"""
     batch_size: int = 256
     """transitions per update"""
     learning_rate: float = 1e-3
@@ -80,9 +106,9 @@ class Args:
     """share of the online networks that the target networks take on in every update"""
     exploration_noise: float = 0.2
     """standard deviation of the Gaussian noise on the actions of the training episodes"""
-    eval_interval: int = 1_000
-    """training episodes between two evaluations (a fifth of it until the medium policy is found)"""
-    eval_episodes: int = 200
+    eval_interval: int = 200
+    """training episodes between two evaluations"""
+    eval_episodes: int = 400
     """episodes of an evaluation"""
 
 
@@ -104,88 +130,76 @@ class StackedMLP(nn.Module):
         return x
 
 
-# ---- environments ----
+# ---- playing ----
 
 
-def make_envs(name: str, number: int) -> list:
+def make_env(name: str, number: int, prey: str | mpe.PreyPolicy = "trained") -> mpe.BatchedEnv:
     prefix, _, task = name.partition("/")
     if prefix != "mpe" or task not in mpe.TASKS:
         fail(f"--env {name}: expected mpe/ and a task, one of {', '.join(mpe.TASKS)}.")
-    return [mpe.parallel_env(task) for _ in range(number)]
+    try:
+        return mpe.BatchedEnv(task, number, prey)
+    except ValueError as error:  # no trained prey
+        fail(str(error))
 
 
-def play(envs: list, act, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One episode in every environment, side by side; `act` maps [E, N, obs_dim] to actions [E, N, ...].
+def play(env: mpe.BatchedEnv, act, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One episode in every world; `act` maps [E, N, obs_dim] to actions [E, N, ...].
 
     Returns flat transitions: observations [T, N, obs_dim], actions [T, N, ...], individual_rewards [T, N],
     terminals [T], timeouts [T], for discrete actions action_masks [T, N, moves], and final_observations
     [E, N, obs_dim]; the rows of an episode stand in order.
     """
-    agents = envs[0].possible_agents
-    discrete = hasattr(envs[0].action_space(agents[0]), "n")
-    rows = [[] for _ in envs]  # of tuples (observations, actions, rewards, terminal, timeout, masks)
-    started = [env.reset(seed=int(rng.integers(2**31))) for env in envs]
-    obs = np.stack([[observations[a] for a in agents] for observations, _ in started])  # [E, N, obs_dim]
-    infos = [info for _, info in started]
-    while any(env.agents for env in envs):
+    steps = []  # of tuples (observations, actions, rewards), each [E, N, ...]
+    obs = env.reset(int(rng.integers(2**31)))
+    for _ in range(mpe.EPISODE_STEPS):
         actions = act(obs)
-        for e, env in enumerate(envs):
-            if not env.agents:
-                continue
-            masks = [infos[e][a]["action_mask"] for a in agents] if discrete else ()
-            before = obs[e].copy()
-            observations, rewards, terminated, truncated, infos[e] = env.step(
-                dict(zip(agents, actions[e], strict=True))
-            )
-            obs[e] = [observations[a] for a in agents]
-            terminal = all(terminated.values())
-            timeout = all(truncated.values()) and not terminal
-            rows[e].append((before, actions[e], [rewards[a] for a in agents], terminal, timeout, masks))
-    columns = [np.array(column) for column in zip(*(row for episode in rows for row in episode), strict=True)]
-    data = dict(
-        zip(
-            ("observations", "actions", "individual_rewards", "terminals", "timeouts", "action_masks"),
-            columns,
-            strict=True,
-        )
-    )
-    data["action_masks"] = data["action_masks"].astype(bool)
-    if not discrete:
-        del data["action_masks"]
+        following, rewards = env.step(actions)
+        steps.append((obs, actions, rewards))
+        obs = following
+    columns = [np.stack(column, axis=1) for column in zip(*steps, strict=True)]  # [E, 25, N, ...]
+    names = ("observations", "actions", "individual_rewards")
+    data = {name: column.reshape(-1, *column.shape[2:]) for name, column in zip(names, columns, strict=True)}
+    data["terminals"] = np.zeros(len(data["actions"]), bool)
+    data["timeouts"] = np.tile(np.arange(mpe.EPISODE_STEPS) == mpe.EPISODE_STEPS - 1, env.number)
+    if env.task.discrete:
+        data["action_masks"] = np.ones((*data["actions"].shape, len(mpe.DISCRETE_FORCES)), bool)
     return data | {"final_observations": obs}
 
 
-def add_noise(actions: np.ndarray, noise: float, rng: np.random.Generator, moves: int) -> np.ndarray:
-    """Gaussian noise clipped to [-1, 1]; for discrete actions (`moves` > 0), a uniformly random move now and then."""
-    if moves:
-        chance = rng.random(actions.shape) < noise
-        return np.where(chance, rng.integers(moves, size=actions.shape), actions)
-    noisy = actions + noise * rng.standard_normal(actions.shape, dtype=np.float32)
-    return np.clip(noisy, -1, 1)
-
-
 def act_with(actor: StackedMLP, moves: int, noise: float, rng: np.random.Generator):
-    """A policy: [E, N, obs_dim] to [E, N, act_dim] in [-1, 1], or the best of `moves` moves [E, N]; plus noise."""
+    """A policy: [E, N, obs_dim] to [E, N, act_dim] in [-1, 1], or the best of `moves` moves [E, N]; plus Gaussian
+    noise, or a uniformly random move now and then."""
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
         out = actor(torch.from_numpy(obs).transpose(0, 1)).transpose(0, 1)
-        actions = out.argmax(-1).numpy() if moves else torch.tanh(out).numpy()
-        return add_noise(actions, noise, rng, moves) if noise > 0 else actions
+        if moves:
+            best = out.argmax(-1).numpy()
+            return np.where(rng.random(best.shape) < noise, rng.integers(moves, size=best.shape), best)
+        actions = torch.tanh(out).numpy()
+        return np.clip(actions + noise * rng.standard_normal(actions.shape, dtype=np.float32), -1, 1)
 
     return act
 
 
-def act_random(episodes: int, num_agents: int, obs_dim: int, outputs: int, moves: int):
-    """Freshly initialised actors, different ones for every agent of every episode: [E, N, obs_dim] to [E, N, ...]."""
-    actor = StackedMLP(episodes * num_agents, obs_dim, outputs)
+def act_random(env: mpe.BatchedEnv):
+    """Freshly initialised actors, different ones for every agent of every world: [E, N, obs_dim] to [E, N, ...]."""
+    agents, obs_dim, outputs, moves = sizes(env)
+    actor = StackedMLP(env.number * agents, obs_dim, outputs)
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        out = actor(torch.from_numpy(obs).reshape(-1, 1, obs_dim)).reshape(episodes, num_agents, outputs)
+        out = actor(torch.from_numpy(obs).reshape(-1, 1, obs_dim)).reshape(env.number, agents, outputs)
         return out.argmax(-1).numpy() if moves else torch.tanh(out).numpy()
 
     return act
+
+
+def sizes(env: mpe.BatchedEnv) -> tuple[int, int, int, int]:
+    """(number of agents, obs_dim, outputs of an actor, number of moves or 0 for continuous actions)"""
+    moves = len(mpe.DISCRETE_FORCES) if env.task.discrete else 0
+    return env.task.num_agents, env.task.obs_dim, moves or 2, moves
 
 
 def episode_returns(data: dict[str, np.ndarray]) -> np.ndarray:
@@ -195,133 +209,186 @@ def episode_returns(data: dict[str, np.ndarray]) -> np.ndarray:
     return np.add.reduceat(data["individual_rewards"].mean(axis=1, dtype=np.float64), starts)
 
 
-def evaluate(envs: list, make_act, episodes: int, seed: int) -> np.ndarray:
-    """Returns [episodes] of a policy; `make_act()` gives the policy of a round of len(envs) episodes."""
+def evaluate(env: mpe.BatchedEnv, make_act, episodes: int, seed: int) -> np.ndarray:
+    """Returns [episodes] of a policy; `make_act()` gives the policy of a round of `env.number` episodes."""
     rng, returns = np.random.default_rng(seed), []
     while len(returns) < episodes:
-        returns.extend(episode_returns(play(envs, make_act(), rng)))
+        returns.extend(episode_returns(play(env, make_act(), rng)))
     return np.array(returns[:episodes])
 
 
 # ---- training ----
 
 
-def train(args: Args, folder: Path | None) -> dict[str, np.ndarray]:
-    """Trains TD3. With a folder, runs to the end and writes the policies there; without, stops at the medium policy.
+class Learner:
+    """TD3 for one side, predators or prey: an actor for each agent, twin critics of joint observation and action."""
 
-    Returns the replay buffer, which holds whole episodes in order: the medium-replay dataset.
+    def __init__(self, agents: int, obs_dim: int, outputs: int, moves: int, args: Args, hidden: int = 128):
+        self.args, self.moves, self.updates = args, moves, 0
+        self.actor = StackedMLP(agents, obs_dim, outputs, hidden)
+        self.critic = StackedMLP(2, agents * (obs_dim + outputs), 1)
+        self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True)
+
+    def q_values(self, critic, obs, actions):  # [B, N, obs_dim], [B, N, outputs] to [2, B]
+        joint = torch.cat([obs, actions], dim=-1).flatten(1)
+        return critic(joint.expand(2, -1, -1)).squeeze(-1)
+
+    def policy(self, actor, obs):  # [B, N, obs_dim] to [B, N, outputs]
+        out = actor(obs.transpose(0, 1)).transpose(0, 1)
+        return F.gumbel_softmax(out, hard=True) if self.moves else torch.tanh(out)
+
+    def update(self, replay: "Replay", rng: np.random.Generator, progress: float) -> None:
+        """A round of gradient steps; `progress` from 0 to 1 is how much of the training is over."""
+        args = self.args
+        for group in self.actor_optimizer.param_groups + self.critic_optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - 0.9 * progress)
+        for _ in range(args.updates_per_round):
+            obs, actions, rewards, next_obs = replay.sample(args.batch_size, rng)
+            if self.moves:
+                actions = F.one_hot(actions.long(), self.moves).float()
+            with torch.no_grad():
+                next_actions = self.policy(self.actor_target, next_obs)
+                if not self.moves:
+                    smoothing = (0.2 * torch.randn_like(actions)).clamp(-0.5, 0.5)
+                    next_actions = (next_actions + smoothing).clamp(-1, 1)
+                next_q = self.q_values(self.critic_target, next_obs, next_actions).min(dim=0).values
+                # Every episode ends by the time limit, so every transition bootstraps. A tenth keeps Q near 10.
+                target = rewards.mean(dim=1) / 10 + args.gamma * next_q  # [B]
+            critic_loss = F.mse_loss(self.q_values(self.critic, obs, actions), target.expand(2, -1))
+            self.critic_optimizer.zero_grad()
+            critic_loss.backward()
+            self.critic_optimizer.step()
+
+            self.updates += 1
+            if self.updates % 2 == 0:  # TD3's delayed policy update, all agents at once through the team's critic
+                gradients = torch.autograd.grad(
+                    -self.q_values(self.critic, obs, self.policy(self.actor, obs))[0].mean(),
+                    list(self.actor.parameters()),
+                )
+                for parameter, gradient in zip(self.actor.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
+                self.actor_optimizer.step()
+                with torch.no_grad():
+                    for online, target in ((self.actor, self.actor_target), (self.critic, self.critic_target)):
+                        for p, p_target in zip(online.parameters(), target.parameters(), strict=True):
+                            p_target.lerp_(p, args.tau)
+
+
+class Replay:
+    """Every transition of a training, in order; nothing is ever dropped."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.filled, self.columns = capacity, 0, []
+
+    def add(self, *columns: np.ndarray) -> None:
+        """Observations [T, N, obs_dim], actions [T, N, ...], rewards [T, N], next observations [T, N, obs_dim]."""
+        if not self.columns:
+            kinds = [torch.int8 if column.dtype.kind == "i" else torch.float32 for column in columns]
+            shapes = [(self.capacity, *column.shape[1:]) for column in columns]
+            self.columns = [torch.empty(shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        rows = slice(self.filled, self.filled + len(columns[0]))
+        for kept, column in zip(self.columns, columns, strict=True):
+            kept[rows] = torch.from_numpy(column)
+        self.filled = rows.stop
+
+    def sample(self, size: int, rng: np.random.Generator) -> list[torch.Tensor]:
+        rows = torch.from_numpy(rng.integers(self.filled, size=size))
+        return [column[rows] for column in self.columns]
+
+
+def train_prey(args: Args, folder: Path) -> None:
+    """Predators and prey learn against each other; writes the last prey to `folder`/prey.npz."""
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    env = make_env(args.env, LOCKSTEP, prey="random")
+    assert isinstance(env.task, mpe.SimpleTag)
+    predators = Learner(*sizes(env), args)
+    prey = Learner(env.task.num_prey, env.task.prey_obs_dim, 2, 0, args, hidden=64)
+    replays = [Replay(args.prey_episodes * mpe.EPISODE_STEPS) for _ in range(2)]
+    caught: list[float] = []
+    with tqdm(total=args.prey_episodes, unit="episode", desc="training the prey", mininterval=2) as progress:
+        for episode in range(0, args.prey_episodes - LOCKSTEP + 1, LOCKSTEP):
+            noise = args.exploration_noise if episode >= 500 else 1.0  # the first episodes are close to random actions
+            act, flee = (act_with(learner.actor, 0, noise, rng) for learner in (predators, prey))
+            obs, fled = env.reset(int(rng.integers(2**31))), []
+            env.prey = lambda prey_obs, flee=flee, fled=fled: fled.append((prey_obs, flee(prey_obs))) or fled[-1][1]
+            for _ in range(mpe.EPISODE_STEPS):
+                actions = act(obs)
+                following, rewards = env.step(actions)
+                replays[0].add(obs, actions, rewards, following)
+                prey_following = env.task.prey_observations(env.pos, env.vel)
+                replays[1].add(*fled[-1], env.task.prey_rewards(env.pos), prey_following)
+                obs = following
+                caught.append(float((rewards > 0).mean()))
+            if episode >= 500:
+                for learner, replay in zip((predators, prey), replays, strict=True):
+                    learner.update(replay, rng, episode / args.prey_episodes)
+            progress.update(LOCKSTEP)
+            progress.set_postfix(caught=f"{np.mean(caught[-500:]):.1%}")
+    origin = {"env": args.env, "seed": args.seed, "activations": "relu, relu, tanh", "training": settings(args)}
+    save_policy(folder / "prey.npz", prey.actor, origin | {"updates": prey.updates})
+
+
+def settings(args: Args) -> dict:
+    """The arguments that a training depends on."""
+    first = [field.name for field in dataclasses.fields(Args)].index("train_episodes")
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(Args)[first:]}
+
+
+def train(
+    args: Args, folder: Path | None, episodes: int, prey: str | mpe.PreyPolicy = "trained"
+) -> dict[str, np.ndarray]:
+    """Trains TD3 for `episodes` of the `args.train_episodes` that its schedule is made for.
+
+    With a folder, evaluates on the way and writes the medium and the expert policy and the learning curve there.
+    Returns the replay buffer as `play` returns transitions; its first episodes are the medium-replay dataset.
     """
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    envs = make_envs(args.env, LOCKSTEP)
-    num_agents, obs_dim, act_dim, moves = sizes(envs[0])
-    if moves:
-        fail(f"--env {args.env} has discrete actions: training needs continuous ones.")
-    medium_return = args.medium_return if args.medium_return is not None else MEDIUM_RETURN.get(args.env)
-    if medium_return is None:
-        fail(f"--env {args.env}: give --medium-return, the return at which its policy counts as medium.")
-
-    actor, actor_target = (StackedMLP(num_agents, obs_dim, act_dim) for _ in range(2))
-    critic, critic_target = (StackedMLP(2, num_agents * (obs_dim + act_dim), 1) for _ in range(2))
-    actor_target.load_state_dict(actor.state_dict())
-    critic_target.load_state_dict(critic.state_dict())
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate)
-
-    def q_values(network, obs, actions):  # [B, N, obs_dim], [B, N, act_dim] to [2, B]
-        joint = torch.cat([obs, actions], dim=-1).flatten(1)
-        return network(joint.expand(2, -1, -1)).squeeze(-1)
-
-    def policy(network, obs):  # [B, N, obs_dim] to [B, N, act_dim]
-        return torch.tanh(network(obs.transpose(0, 1)).transpose(0, 1))
-
-    buffer = {}  # flat transitions, twice as much room whenever it is full: nothing is ever dropped
-    filled, updates, best, curve, medium_done = 0, 0, -np.inf, [], False
-    progress = tqdm(total=args.train_episodes, unit="episode", desc="training", mininterval=2)
-    for episode in range(0, args.train_episodes, LOCKSTEP):
+    env, judge = make_env(args.env, LOCKSTEP, prey), make_env(args.env, EVALUATED, prey)
+    moves = sizes(env)[3]
+    learner, replay = Learner(*sizes(env), args), Replay(episodes * mpe.EPISODE_STEPS)
+    snapshots: list[tuple[int, int, float, StackedMLP]] = []  # (episodes, updates, return, actor)
+    progress = tqdm(total=episodes, unit="episode", desc="training", mininterval=2)
+    for episode in range(0, episodes - LOCKSTEP + 1, LOCKSTEP):
         noise = args.exploration_noise if episode >= 200 else 1.0  # the first episodes are close to random actions
-        new = play(envs, act_with(actor, moves, noise, rng), rng)
-        new["next_observations"] = next_observations(new)
-        rows = len(new["terminals"])
-        for key in new.keys() - {"final_observations"}:
-            value = torch.from_numpy(new[key].astype(np.float32))
-            if key not in buffer or filled + rows > len(buffer[key]):
-                old = buffer.get(key, value[:0])
-                buffer[key] = torch.empty(2 * (filled + rows), *value.shape[1:])
-                buffer[key][:filled] = old[:filled]
-            buffer[key][filled : filled + rows] = value
-        filled += rows
+        new = play(env, act_with(learner.actor, moves, noise, rng), rng)
+        replay.add(new["observations"], new["actions"], new["individual_rewards"], next_observations(new))
+        if episode >= 200:
+            learner.update(replay, rng, episode / args.train_episodes)
         progress.update(LOCKSTEP)
-
-        rate = args.learning_rate * (1 - 0.9 * episode / args.train_episodes)
-        for group in actor_optimizer.param_groups + critic_optimizer.param_groups:
-            group["lr"] = rate
-        for _ in range(args.updates_per_round if episode >= 200 else 0):
-            batch = torch.from_numpy(rng.integers(filled, size=args.batch_size))
-            obs, actions, next_obs = (buffer[k][batch] for k in ("observations", "actions", "next_observations"))
-            reward = buffer["individual_rewards"][batch].mean(dim=1) / 10  # [B]; the scale keeps Q values near 10
-            not_terminal = 1 - buffer["terminals"][batch]  # [B]; a timeout bootstraps
-
-            with torch.no_grad():
-                smoothing = (0.2 * torch.randn_like(actions)).clamp(-0.5, 0.5)
-                next_actions = (policy(actor_target, next_obs) + smoothing).clamp(-1, 1)
-                next_q = q_values(critic_target, next_obs, next_actions).min(dim=0).values
-                target = reward + args.gamma * not_terminal * next_q  # [B]
-            critic_loss = F.mse_loss(q_values(critic, obs, actions), target.expand(2, -1))
-            critic_optimizer.zero_grad()
-            critic_loss.backward()
-            critic_optimizer.step()
-
-            updates += 1
-            if updates % 2 == 0:  # TD3's delayed policy update, all agents at once through the team's critic
-                actor_loss = -q_values(critic, obs, policy(actor, obs))[0].mean()
-                actor_optimizer.zero_grad()
-                actor_loss.backward()
-                actor_optimizer.step()
-                with torch.no_grad():
-                    for online, target_net in ((actor, actor_target), (critic, critic_target)):
-                        for p, p_target in zip(online.parameters(), target_net.parameters(), strict=True):
-                            p_target.lerp_(p, args.tau)
-
-        # Returns rise so fast at the beginning that finding the medium policy takes five times as many evaluations.
-        interval = args.eval_interval if medium_done else max(args.eval_interval // 5, 1)
-        if (episode + LOCKSTEP) // interval > episode // interval:
-            returns = evaluate(envs, lambda: act_with(actor, moves, 0, rng), args.eval_episodes, seed=10_000)
-            score = float(returns.mean())
-            curve.append((episode + LOCKSTEP, filled, updates, round(score, 2)))
-            progress.set_postfix(eval_return=f"{score:.1f}", best=f"{max(best, score):.1f}")
-            origin = {"env": args.env, "seed": args.seed, "activations": "relu, relu, tanh"}
-            origin |= {"training_episodes": episode + LOCKSTEP, "training_transitions": filled, "updates": updates}
-            if score >= medium_return and not medium_done:
-                medium_done = True
-                if folder is None:
-                    break
-                save_policy(folder / "medium.npz", actor, origin)
-            if score > best and folder is not None:
-                best = score
-                save_policy(folder / "expert.npz", actor, origin)
-            if folder is not None:
-                with open(folder / "training.csv", "w", newline="") as file:
-                    csv.writer(file).writerows([("episodes", "transitions", "updates", "eval_return"), *curve])
+        done = episode + LOCKSTEP
+        if folder is not None and done // args.eval_interval > episode // args.eval_interval:
+            returns = evaluate(judge, lambda: act_with(learner.actor, moves, 0, rng), args.eval_episodes, seed=10_000)
+            snapshots.append((done, learner.updates, float(returns.mean()), copy.deepcopy(learner.actor)))
+            best = max(score for _, _, score, _ in snapshots)
+            progress.set_postfix(eval_return=f"{returns.mean():.1f}", best=f"{best:.1f}")
     progress.close()
-    if not medium_done:
-        fail(f"--medium-return {medium_return}: not reached in {args.train_episodes} episodes of training.")
-    data = {key: buffer[key][:filled].numpy() for key in ("observations", "actions", "individual_rewards")}
-    data |= {key: buffer[key][:filled].numpy().astype(bool) for key in ("terminals", "timeouts")}
-    ends = np.flatnonzero(data["terminals"] | data["timeouts"])
-    return data | {"final_observations": buffer["next_observations"].numpy()[ends]}
 
+    if folder is not None:
+        random = evaluate(judge, lambda: act_random(judge), 1000, seed=20_000).mean()
+        expert = max(snapshots, key=lambda snapshot: snapshot[2])
+        share = next(share for task, share in MEDIUM_SHARE.items() if task in args.env)
+        medium = next((s for s in snapshots if s[2] >= random + share * (expert[2] - random)), expert)
+        for quality, (done, updates, _, actor) in {"medium": medium, "expert": expert}.items():
+            origin = {"env": args.env, "seed": args.seed, "activations": "relu, relu, tanh"}
+            origin |= {"training_episodes": done, "training_transitions": done * mpe.EPISODE_STEPS, "updates": updates}
+            save_policy(folder / f"{quality}.npz", actor, origin | {"training": settings(args)})
+        with open(folder / "training.csv", "w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("episodes", "transitions", "updates", "eval_return"))
+            table.writerows((done, done * mpe.EPISODE_STEPS, n, round(score, 2)) for done, n, score, _ in snapshots)
 
-def sizes(env) -> tuple[int, int, int, int]:
-    """(number of agents, obs_dim, outputs of an actor, number of moves or 0 for continuous actions)"""
-    agent = env.possible_agents[0]
-    moves = int(getattr(env.action_space(agent), "n", 0))
-    return (
-        len(env.possible_agents),
-        env.observation_space(agent).shape[0],
-        moves or env.action_space(agent).shape[0],
-        moves,
-    )
+    columns = [column[: replay.filled].numpy() for column in replay.columns]
+    actions = columns[1].astype(np.int64) if moves else columns[1]
+    timeouts = np.arange(1, replay.filled + 1) % mpe.EPISODE_STEPS == 0
+    data = {"observations": columns[0], "actions": actions, "individual_rewards": columns[2]}
+    data |= {"terminals": np.zeros(replay.filled, bool), "timeouts": timeouts}
+    if moves:
+        data["action_masks"] = np.ones((*actions.shape, moves), bool)
+    return data | {"final_observations": columns[3][timeouts]}
 
 
 def next_observations(data: dict[str, np.ndarray]) -> np.ndarray:
@@ -331,25 +398,24 @@ def next_observations(data: dict[str, np.ndarray]) -> np.ndarray:
     return following
 
 
-def measure_references(args: Args, folder: Path) -> None:
-    """Evaluates random and trained policies without noise and writes the returns into the policies' metadata."""
+def measure_references(args: Args, policies: Path, folder: Path, prey: str | mpe.PreyPolicy) -> None:
+    """Evaluates random and trained policies without noise and writes `folder`/references.json: what scores need."""
     torch.manual_seed(args.seed)
-    envs = make_envs(args.env, 100)
-    num_agents, obs_dim, outputs, moves = sizes(envs[0])
     rng = np.random.default_rng(args.seed)
-    returns = {
-        "random": evaluate(envs, lambda: act_random(100, num_agents, obs_dim, outputs, moves), 1000, seed=20_000)
-    }
-    loaded = {quality: load_policy(folder / f"{quality}.npz") for quality in ("medium", "expert")}
-    for quality, (actor, _) in loaded.items():
-        returns[quality] = evaluate(envs, lambda a=actor: act_with(a, moves, 0, rng), 1000, seed=20_000)
+    env = make_env(args.env, EVALUATED, prey)
+    moves = sizes(env)[3]
+    played = {"random": lambda: act_random(env)}
+    for quality in TWO:
+        actor, _ = load_policy(policies / f"{quality}.npz")
+        played[quality] = lambda actor=actor: act_with(actor, moves, 0, rng)
     references: dict[str, float] = {"reference_episodes": 1000}
-    for quality, values in returns.items():
+    for quality, make_act in played.items():
+        values = evaluate(env, make_act, 1000, seed=20_000)
         references[f"{quality}_return"] = round(float(values.mean()), 3)
         references[f"{quality}_return_standard_error"] = round(float(values.std(ddof=1) / len(values) ** 0.5), 3)
         print(f"{quality:>6}: {values.mean():.1f} +- {values.std(ddof=1) / len(values) ** 0.5:.1f} (1000 episodes)")
-    for quality, (actor, metadata) in loaded.items():
-        save_policy(folder / f"{quality}.npz", actor, metadata | references)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "references.json").write_text(json.dumps(references, indent=1) + "\n")
 
 
 # ---- files ----
@@ -382,7 +448,7 @@ def save(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
             for key, value in {**arrays, "metadata": np.array(json.dumps(metadata, indent=1))}.items():
                 with file.open(f"{key}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, value, allow_pickle=False)
@@ -399,65 +465,72 @@ def fail(message: str) -> NoReturn:
 # ---- recording ----
 
 
-def record(args: Args) -> tuple[dict[str, np.ndarray], dict]:
+def record(args: Args, folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Plays a random, medium or expert policy; returns flat transitions and what is known about the policy."""
-    envs = make_envs(args.env, min(100, args.transitions))
-    num_agents, obs_dim, outputs, moves = sizes(envs[0])
+    worlds = min(200 if args.quality == "random" else 1000, max(args.transitions // mpe.EPISODE_STEPS, 1))
+    env = make_env(args.env, worlds)
+    moves = sizes(env)[3]
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    if args.quality == "random":
-        actor, policy_metadata = None, {}
-    else:
-        actor, policy_metadata = load_policy(ROOT / "data" / "policies" / args.env / f"{args.quality}.npz")
-
+    actor, policy_metadata = (None, {}) if args.quality == "random" else load_policy(folder / f"{args.quality}.npz")
     rounds, rows = [], 0
     with tqdm(total=args.transitions, unit="transition", unit_scale=True, desc="recording", mininterval=1) as progress:
         while rows < args.transitions:
-            if actor is None:
-                act = act_random(len(envs), num_agents, obs_dim, outputs, moves)
-            else:
-                act = act_with(actor, moves, args.noise, rng)
-            rounds.append(play(envs, act, rng))
+            act = act_random(env) if actor is None else act_with(actor, moves, args.noise, rng)
+            rounds.append(play(env, act, rng))
+            rounds[-1]["individual_rewards"] = rounds[-1]["individual_rewards"].astype(np.float32)
             rows += len(rounds[-1]["terminals"])
             progress.update(len(rounds[-1]["terminals"]))
     return {key: np.concatenate([data[key] for data in rounds]) for key in rounds[0]}, policy_metadata
 
 
-def write_dataset(args: Args, path: Path) -> None:
-    if args.quality == "medium-replay":
-        data, policy_metadata, noise = train(args, folder=None), {}, args.exploration_noise
-    else:
-        data, policy_metadata = record(args)
-        noise = 0.0 if args.quality == "random" else args.noise
-    ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
-    episodes = int((ends <= args.transitions).sum())
-    if episodes == 0:
-        fail(f"--transitions {args.transitions} is less than one episode of {args.env} ({ends[0]} transitions).")
-    data = {
-        key: value[: episodes if key == "final_observations" else ends[episodes - 1]] for key, value in data.items()
-    }
-    data["individual_rewards"] = data["individual_rewards"].astype(np.float32)
-    data["rewards"] = data["individual_rewards"].sum(axis=1)
-    returns = episode_returns(data)
-    if args.env in TEAM_REWARD_ONLY:
-        del data["individual_rewards"]
-
-    expert = ROOT / "data" / "policies" / args.env / "expert.npz"  # its metadata hold the returns that scores need
-    references = load_policy(expert)[1] if expert.exists() else {}
-    wanted = ("random_return", "random_return_standard_error", "expert_return", "expert_return_standard_error")
-    always, never = ("env", "quality", "transitions", "seed"), ("output", "overwrite")
+def command(args: Args) -> str:
+    """What makes a dataset again."""
+    always, never = ("env", "quality", "transitions", "seed"), ("output", "overwrite", "all")
     flags = [
         f"--{key.replace('_', '-')} {value}"
         for key, value in vars(args).items()
         if key in always or (key not in never and value != getattr(Args, key))
     ]
+    return " ".join(["python data/collect.py", *flags])
+
+
+def write_dataset(args: Args, path: Path) -> None:
+    """Records what `args` ask for and writes it to `path`."""
+    if args.transitions < mpe.EPISODE_STEPS:
+        fail(
+            f"--transitions {args.transitions} is less than one episode of {args.env}, {mpe.EPISODE_STEPS} transitions."
+        )
+    folder = ROOT / "data" / "policies" / POLICIES_OF.get(args.env, args.env)
+    if args.quality == "medium-replay":
+        _, policy_metadata = load_policy(folder / "medium.npz")
+        again = dataclasses.replace(args, **policy_metadata["training"])
+        episodes = min(policy_metadata["training_episodes"], max(args.transitions // mpe.EPISODE_STEPS, LOCKSTEP))
+        data, noise = train(again, None, episodes), again.exploration_noise
+    else:
+        data, policy_metadata = record(args, folder)
+        noise = 0.0 if args.quality == "random" else args.noise
+    ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
+    episodes = int((ends <= args.transitions).sum())
+    data = {
+        key: value[: episodes if key == "final_observations" else ends[episodes - 1]] for key, value in data.items()
+    }
+    data["rewards"] = data["individual_rewards"].sum(axis=1)
+    returns = episode_returns(data)
+    if args.env in TEAM_REWARD_ONLY:
+        del data["individual_rewards"]
+
+    measured = ROOT / "data" / "policies" / args.env / "references.json"  # the returns that scores need
+    references = json.loads(measured.read_text()) if measured.exists() else {}
+    wanted = ("random_return", "random_return_standard_error", "expert_return", "expert_return_standard_error")
+    paper = PAPER_RETURNS.get(args.env)
     metadata = {
         "schema_version": "1",
         "env": args.env,
         "quality": args.quality,
         "seed": args.seed,
         "noise": noise,
-        "command": " ".join(["python data/collect.py", *flags]),
+        "command": command(args),
         "transitions": len(data["rewards"]),
         "episodes": episodes,
         "episode_return_mean": float(returns.mean()),
@@ -465,19 +538,33 @@ def write_dataset(args: Args, path: Path) -> None:
         "episode_return_min": float(returns.min()),
         "episode_return_max": float(returns.max()),
         **{key: references[key] for key in wanted if key in references},
-        **PAPER_RETURNS.get(args.env, {}),
+        **({"paper_random_return": paper[0], "paper_expert_return": paper[1]} if paper else {}),
         "policy": policy_metadata,
         "versions": {package: version(package) for package in ("numpy", "torch", "mpe2")},
     }
     save(path, data, metadata)
     size = path.stat().st_size / 1e6
-    print(f"{path}: {len(data['rewards'])} transitions, {episodes} episodes, {size:.1f} MB")
-    print(f"return per agent and episode: {returns.mean():.1f}, standard deviation {returns.std():.1f}")
+    tqdm.write(f"{path}: {len(data['rewards'])} transitions, {episodes} episodes, {size:.1f} MB")
+    tqdm.write(f"return per agent and episode: {returns.mean():.1f}, standard deviation {returns.std():.1f}")
+
+
+def default_path(args: Args) -> Path:
+    return ROOT / "data" / "datasets" / args.env / f"{args.quality}.npz"
+
+
+def made_by(path: Path) -> str:
+    """The command that a dataset says it was made with."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["metadata"]))["command"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return ""
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)  # with more, sums are taken in another order and files differ in their last digits
-    make_envs(args.env, 1)
+    if args.env.removeprefix("mpe/") not in mpe.TASKS or not args.env.startswith("mpe/"):
+        fail(f"--env {args.env}: expected mpe/ and a task, one of {', '.join(mpe.TASKS)}.")
     if args.transitions < 1:
         fail(f"--transitions {args.transitions}: expected a positive number.")
     if args.seed < 0:
@@ -485,20 +572,37 @@ def main(args: Args) -> None:
     for flag in ("noise", "exploration_noise", "updates_per_round"):
         if not 0 <= getattr(args, flag) < np.inf:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or a positive number.")
-    for flag in ("train_episodes", "batch_size", "eval_interval", "eval_episodes", "learning_rate", "tau"):
+    for flag in ("batch_size", "eval_interval", "eval_episodes", "learning_rate", "tau"):
         if not 0 < getattr(args, flag) < np.inf:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a positive number.")
+    for flag in ("train_episodes", "prey_episodes"):
+        if getattr(args, flag) < 4 * LOCKSTEP:
+            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {4 * LOCKSTEP} or more.")
     if not 0 <= args.gamma <= 1:
         fail(f"--gamma {args.gamma}: expected a number from 0 to 1.")
 
+    if args.all:
+        for env, quality in tqdm(ALL, desc="datasets", unit="dataset"):
+            one = dataclasses.replace(args, all=False, env=env, quality=quality)
+            path = default_path(one)
+            if made_by(path) != command(one):  # another size, or the small one that is shipped
+                write_dataset(one, path)
+        return
     if args.train:
         folder = args.output or ROOT / "data" / "policies" / args.env
-        if (folder / "expert.npz").exists() and not args.overwrite:
+        if (folder / "references.json").exists() and not args.overwrite:
             fail(f"{folder} has policies already: add --overwrite to replace them, or choose another --output.")
-        train(args, folder)
-        measure_references(args, folder)
+        policies, prey = folder, "trained"
+        if args.env in POLICIES_OF:  # nothing to learn, but returns to measure
+            policies = ROOT / "data" / "policies" / POLICIES_OF[args.env]
+        else:
+            if mpe.make_task(args.env.removeprefix("mpe/")).num_prey:
+                train_prey(args, folder)
+                prey = mpe.load_prey(folder / "prey.npz")
+            train(args, folder, args.train_episodes, prey)
+        measure_references(args, policies, folder, prey)
         return
-    path = args.output or ROOT / "data" / "datasets" / args.env / f"{args.quality}.npz"
+    path = args.output or default_path(args)
     if path.suffix != ".npz" or path.is_dir():
         fail(f"--output {path}: expected the name of a file that ends in .npz.")
     if path.exists() and not args.overwrite:

@@ -1,20 +1,33 @@
 """The particle tasks of the paper as PettingZoo parallel environments, on the physics of `mpe2`.
 
-`parallel_env("simple_spread")` is Cooperative Navigation (CN) as the offline multi-agent literature since OMAR uses
-it. It differs from `mpe2.simple_spread_v3` in its actions and its reward; the physics and the observations are mpe2's:
+The tasks are those of the offline multi-agent literature since OMAR (https://arxiv.org/abs/2111.11188). An action is
+the force in x and y, two numbers in [-1, 1]; an episode ends after 25 steps, always by truncation. The physics and the
+observations are mpe2's; the rewards, and that the prey belongs to the environment, are not:
 
-- an action is the force in x and y, two numbers in [-1, 1]; an episode ends after 25 steps, always by truncation;
-- the reward of agent i is the sum over landmarks of min(1 / distance of the nearest agent, 10), minus 5 for every
-  other agent that it touches. The first part is the same for all agents; the sum over agents is the team reward.
+- `simple_spread`, Cooperative Navigation (CN): the reward of agent i is the sum over landmarks of min(1 / distance of
+  the nearest agent, 10), minus 5 for every other agent that it touches. `simple_spread_discrete` has the moves none,
+  left, right, down, up instead (and action masks that allow all of them); `simple_spread_sparse` pays the team only
+  while every landmark has an agent of its own.
+- `simple_tag`, Predator-Prey (PP): three predators chase one faster prey among two obstacles. All predators get the
+  same reward: minus 0.1 times the sum of their distances to the nearest prey, plus 10 for every predator on a prey.
+- `simple_world`, WORLD: four predators, two prey, an obstacle, food and two forests that hide who is inside. The reward
+  is that of `simple_tag` with 5 for 10. `simple_world_3v1` has three predators and one prey, as OMAR's data have.
+- `simple_tag_local`, `simple_world_local`: a predator is rewarded for its own distance and its own contacts alone. The
+  team reward is then that of one predator in the original, and who earned what is a question with an answer.
 
-`simple_spread_discrete` has the moves none, left, right, down, up instead (and action masks that allow all of them);
-`simple_spread_sparse` pays the team only while every landmark has an agent of its own.
+The sum of the agents' rewards is the team reward. The prey plays a policy that was trained against the predators
+(data/policies/mpe/TASK/prey.npz); `parallel_env(task, prey="random")` draws its actions at random instead.
 
-A task is a small class (`make_world`, `reset_world`, `observations`, `rewards`); `ParticleEnv` is the same for all.
+A task is a class that says what is in the world, what is observed and what is earned, on arrays of positions with any
+number of leading dimensions. Two things play it: `ParticleEnv`, one world on mpe2's own physics, where policies are
+evaluated; and `BatchedEnv`, many worlds at once on the same equations in NumPy, where they are trained and recorded.
 Source of the physics: https://github.com/Farama-Foundation/MPE2
 """
 
 import itertools
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from gymnasium import spaces
@@ -22,55 +35,58 @@ from mpe2._mpe_utils.core import Agent, Landmark, World
 from pettingzoo import ParallelEnv
 
 EPISODE_STEPS = 25
-SENSITIVITY = 5.0  # mpe2's force per unit of action, where an agent does not bring its own (`agent.accel`)
+DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3  # those of mpe2's World
 DISCRETE_FORCES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], dtype=np.float64)  # none left right down up
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[..., A, 2] and [..., B, 2] to [..., A, B]"""
+    dx = a[..., :, None, 0] - b[..., None, :, 0]
+    dy = a[..., :, None, 1] - b[..., None, :, 1]
+    return np.sqrt(dx * dx + dy * dy)
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where each of b [..., B, 2] is from each of a [..., A, 2], coordinates side by side: [..., A, 2 B]"""
+    delta = b[..., None, :, :] - a[..., :, None, :]
+    return delta.reshape(*delta.shape[:-2], -1)
+
+
+# ---- the tasks ----
+# In every task, N agents that learn, then P prey, then landmarks: M entities. `pos` is [..., M, 2], `vel` that of all
+# who move, [..., N + P, 2].
 
 
 class SimpleSpread:
     """Cooperative Navigation: three agents cover three landmarks and avoid touching each other."""
 
-    num_agents = 3
+    num_agents, num_prey = 3, 0
     obs_dim = 18
     discrete = False
+    sizes = np.array([0.15] * 3 + [0.05] * 3)  # [M]
+    collides = np.array([True] * 3 + [False] * 3)  # [M]
+    accel = np.full(3, 5.0)  # force per unit of action, [N + P]
+    max_speed = np.full(3, np.inf)  # [N + P]
+    spread = np.ones(6)  # entities start anywhere within +- this, [M]
+    colors = np.array([[0.35, 0.35, 0.85]] * 3 + [[0.25, 0.25, 0.25]] * 3)  # [M, 3]
+    others = np.array([[1, 2], [0, 2], [0, 1]])  # the other agents of each agent
 
-    def make_world(self) -> World:
-        world = World()
-        world.dim_c = 2
-        world.agents = [Agent() for _ in range(self.num_agents)]
-        for agent in world.agents:
-            agent.silent, agent.size, agent.color = True, 0.15, np.array([0.35, 0.35, 0.85])
-        world.landmarks = [Landmark() for _ in range(3)]
-        for landmark in world.landmarks:
-            landmark.collide, landmark.color = False, np.array([0.25, 0.25, 0.25])
-        others = [[j for j in range(self.num_agents) if j != i] for i in range(self.num_agents)]
-        self.others = np.array(others)  # [N, N-1], the other agents of each agent
-        return world
+    def observations(self, pos: np.ndarray, vel: np.ndarray) -> np.ndarray:
+        """[..., 3, 18]: velocity 2, position 2, landmarks relative 6, others relative 4, others' silent channels 4."""
+        agents = pos[..., :3, :]
+        others = relative(agents, agents).reshape(*agents.shape[:-1], 3, 2)
+        others = others[..., np.arange(3)[:, None], self.others, :].reshape(*agents.shape[:-1], 4)
+        silent = np.zeros_like(others)
+        parts = [vel, agents, relative(agents, pos[..., 3:, :]), others, silent]
+        return np.concatenate(parts, axis=-1, dtype=np.float32)
 
-    def reset_world(self, world: World, rng: np.random.Generator) -> None:
-        for entity in world.entities:  # agents first, then landmarks: the order in which mpe2 draws positions
-            entity.state.p_pos = rng.uniform(-1, 1, world.dim_p)
-            entity.state.p_vel = np.zeros(world.dim_p)
-        for agent in world.agents:
-            agent.state.c = np.zeros(world.dim_c)
-
-    def observations(self, world: World) -> np.ndarray:
-        """[N, 18]: velocity 2, position 2, landmarks relative 6, others relative 4, others' silent channels 4."""
-        n = self.num_agents
-        pos, landmarks = positions(world.agents), positions(world.landmarks)
-        obs = np.zeros((n, self.obs_dim), dtype=np.float32)  # the channels stay zero
-        obs[:, 0:2] = [agent.state.p_vel for agent in world.agents]
-        obs[:, 2:4] = pos
-        obs[:, 4:10] = (landmarks[None] - pos[:, None]).reshape(n, -1)
-        obs[:, 10:14] = (pos[self.others] - pos[:, None]).reshape(n, -1)
-        return obs
-
-    def rewards(self, world: World) -> np.ndarray:
-        """[N] individual rewards."""
-        pos, landmarks = positions(world.agents), positions(world.landmarks)
-        nearest = distances(landmarks, pos).min(axis=1)  # [landmarks]
-        covered = (1.0 / np.maximum(nearest, 0.1)).sum()  # min(1/d, 10) without dividing by zero
-        touching = distances(pos, pos) < 2 * world.agents[0].size  # [N, N], each agent touches itself
-        return covered - 5.0 * (touching.sum(axis=1) - 1)
+    def rewards(self, pos: np.ndarray) -> np.ndarray:
+        """[..., 3] individual rewards."""
+        agents, landmarks = pos[..., :3, :], pos[..., 3:, :]
+        nearest = distances(landmarks, agents).min(axis=-1)  # [..., landmarks]
+        covered = (1.0 / np.maximum(nearest, 0.1)).sum(axis=-1)  # min(1/d, 10) without dividing by zero
+        touching = distances(agents, agents) < 2 * self.sizes[0]  # [..., 3, 3], each agent touches itself
+        return covered[..., None] - 5.0 * (touching.sum(axis=-1) - 1)
 
 
 class SimpleSpreadDiscrete(SimpleSpread):
@@ -88,36 +104,272 @@ class SimpleSpreadSparse(SimpleSpread):
 
     radius = 0.1
 
-    def rewards(self, world: World) -> np.ndarray:
-        on = distances(positions(world.landmarks), positions(world.agents)) < self.radius  # [landmarks, N]
-        ways = itertools.permutations(range(self.num_agents), len(world.landmarks))
-        solved = any(all(on[landmark, agent] for landmark, agent in enumerate(way)) for way in ways)
-        return np.full(self.num_agents, float(solved) / self.num_agents)
+    def rewards(self, pos: np.ndarray) -> np.ndarray:
+        on = distances(pos[..., 3:, :], pos[..., :3, :]) < self.radius  # [..., landmarks, 3]
+        ways = [on[..., range(3), way].all(axis=-1) for way in itertools.permutations(range(3))]
+        return np.repeat(np.any(ways, axis=0)[..., None] / 3, 3, axis=-1)
 
 
-TASKS = {
+class SimpleTag:
+    """Predator-Prey: three predators, one faster prey, two obstacles."""
+
+    num_agents, num_prey = 3, 1
+    obs_dim, prey_obs_dim = 16, 14
+    discrete = False
+    sizes = np.array([0.075] * 3 + [0.05] + [0.2] * 2)
+    collides = np.full(6, True)
+    accel = np.array([3.0] * 3 + [4.0])
+    max_speed = np.array([1.0] * 3 + [1.3])
+    spread = np.array([1.0] * 4 + [0.9] * 2)
+    colors = np.array([[0.85, 0.35, 0.35]] * 3 + [[0.35, 0.85, 0.35]] + [[0.25, 0.25, 0.25]] * 2)
+    contact_reward = 10.0
+    local = False
+
+    def _seen(self, pos: np.ndarray, vel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of all who move, K = N + P: positions relative to each other [..., K, K, 2], prey velocities as each sees
+        them [..., K, P, 2], and what else each sees [..., K, anything]."""
+        moving = pos[..., : len(self.accel), :]
+        others = moving[..., None, :, :] - moving[..., :, None, :]
+        prey = vel[..., self.num_agents :, :]
+        return others, np.broadcast_to(prey[..., None, :, :], (*moving.shape[:-1], *prey.shape[-2:])), moving[..., :0]
+
+    def _views(self, pos: np.ndarray, vel: np.ndarray, viewers: range) -> np.ndarray:
+        """Velocity, position, landmarks relative, others relative, prey's velocity and what else there is to see, as
+        `viewers`, all predators or all prey, see it: [..., viewers, dims]."""
+        others, prey_vel, more = self._seen(pos, vel)
+        landmarks = relative(pos[..., : len(self.accel), :], pos[..., len(self.accel) :, :])
+        views = []
+        for i in viewers:
+            rest = [j for j in range(len(self.accel)) if j != i]
+            prey = [j - self.num_agents for j in rest if j >= self.num_agents]
+            last = [prey_vel[..., i, prey, :].reshape(*pos.shape[:-2], -1), more[..., i, :]]
+            last = last if i < self.num_agents else last[::-1]  # mpe2's order for the prey
+            seen = others[..., i, rest, :].reshape(*pos.shape[:-2], -1)
+            views.append([vel[..., i, :], pos[..., i, :], landmarks[..., i, :], seen, *last])
+        return np.stack([np.concatenate(view, axis=-1, dtype=np.float32) for view in views], axis=-2)
+
+    def observations(self, pos: np.ndarray, vel: np.ndarray) -> np.ndarray:
+        """[..., N, obs_dim]"""
+        return self._views(pos, vel, range(self.num_agents))
+
+    def prey_observations(self, pos: np.ndarray, vel: np.ndarray) -> np.ndarray:
+        """[..., P, prey_obs_dim]"""
+        return self._views(pos, vel, range(self.num_agents, len(self.accel)))
+
+    def _caught(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Distances between predators and prey [..., N, P], and which of them touch."""
+        n, k = self.num_agents, len(self.accel)
+        apart = distances(pos[..., :n, :], pos[..., n:k, :])
+        return apart, apart < self.sizes[0] + self.sizes[n]
+
+    def rewards(self, pos: np.ndarray) -> np.ndarray:
+        """[..., N] individual rewards: all alike, or, where the task is local, of each predator's own making."""
+        apart, touching = self._caught(pos)
+        own = self.contact_reward * touching.sum(axis=-1) - 0.1 * apart.min(axis=-1)
+        return own if self.local else np.repeat(own.sum(axis=-1, keepdims=True), self.num_agents, axis=-1)
+
+    def prey_rewards(self, pos: np.ndarray) -> np.ndarray:
+        """[..., P], as in mpe2: for being caught, and for leaving the square, so that it can be caught."""
+        _, touching = self._caught(pos)
+        x = np.abs(pos[..., self.num_agents : len(self.accel), :])
+        beyond = np.where(x < 1.0, np.maximum(x - 0.9, 0) * 10, np.exp(np.minimum(2 * x - 2, np.log(10))))
+        return -self.contact_reward * touching.sum(axis=-2) - beyond.sum(axis=-1)
+
+
+class SimpleTagLocal(SimpleTag):
+    """Predator-Prey in which each predator is rewarded for what it does itself."""
+
+    local = True
+
+
+class SimpleWorld(SimpleTag):
+    """WORLD: four predators, two prey, an obstacle, two pieces of food, two forests that hide who is inside."""
+
+    num_agents, num_prey = 4, 2
+    obs_dim, prey_obs_dim = 30, 28
+    contact_reward = 5.0
+
+    def __init__(self):
+        n, p = self.num_agents, self.num_prey
+        self.sizes = np.array([0.075] * n + [0.045] * p + [0.2] + [0.03] * 2 + [0.3] * 2)
+        self.collides = np.array([True] * (n + p + 1) + [False] * 4)
+        self.accel = np.array([3.0] * n + [4.0] * p)
+        self.max_speed = np.array([1.0] * n + [1.3] * p)
+        self.spread = np.array([1.0] * (n + p) + [0.9] * 5)
+        colors = [[0.95, 0.45, 0.45]] * n + [[0.45, 0.95, 0.45]] * p + [[0.25, 0.25, 0.25]]
+        self.colors = np.array(colors + [[0.15, 0.15, 0.65]] * 2 + [[0.6, 0.9, 0.6]] * 2)
+
+    def _seen(self, pos, vel):
+        """Whoever is in a forest is seen only by those in the same one, and sees nobody else. Each also knows which
+        forests it is in itself: 1 or -1."""
+        others, prey_vel, _ = super()._seen(pos, vel)
+        k = len(self.accel)
+        reach = self.sizes[:k, None] + self.sizes[-2:]
+        inside = distances(pos[..., :k, :], pos[..., -2:, :]) < reach  # [..., K, forests]
+        together = (inside[..., :, None, :] & inside[..., None, :, :]).any(axis=-1)  # [..., K, K]
+        outside = np.asarray(inside.sum(axis=-1) == 0)  # [..., K]
+        visible = together | (outside[..., :, None] & outside[..., None, :])
+        prey_visible = visible[..., self.num_agents :]
+        return others * visible[..., None], prey_vel * prey_visible[..., None], np.where(inside, 1.0, -1.0)
+
+    def prey_rewards(self, pos: np.ndarray) -> np.ndarray:
+        """[..., P]: leaving the square costs double; finding food is worth something."""
+        n, k = self.num_agents, len(self.accel)
+        _, touching = self._caught(pos)
+        caught = -self.contact_reward * touching.sum(axis=-2)
+        apart = distances(pos[..., n:k, :], pos[..., -4:-2, :])  # [..., P, food]
+        fed = 2.0 * (apart < self.sizes[n] + self.sizes[-4]).sum(axis=-1) - 0.05 * apart.min(axis=-1)
+        return caught + 2 * (super().prey_rewards(pos) - caught) + fed
+
+
+class SimpleWorldLocal(SimpleWorld):
+    """WORLD in which each predator is rewarded for what it does itself."""
+
+    local = True
+
+
+class SimpleWorld3v1(SimpleWorld):
+    """WORLD with three predators and one prey, the sizes of OMAR's datasets."""
+
+    num_agents, num_prey = 3, 1
+    obs_dim, prey_obs_dim = 24, 22
+
+
+Task = SimpleSpread | SimpleTag
+TASKS: dict[str, type[SimpleSpread] | type[SimpleTag]] = {
     "simple_spread": SimpleSpread,
     "simple_spread_discrete": SimpleSpreadDiscrete,
     "simple_spread_sparse": SimpleSpreadSparse,
+    "simple_tag": SimpleTag,
+    "simple_tag_local": SimpleTagLocal,
+    "simple_world": SimpleWorld,
+    "simple_world_local": SimpleWorldLocal,
+    "simple_world_3v1": SimpleWorld3v1,
 }
 
+# ---- the prey ----
 
-def parallel_env(task: str, render_mode: str | None = None) -> "ParticleEnv":
-    """The particle task of this name; `render_mode="rgb_array"` lets `render()` return an image."""
-    if task not in TASKS:
-        raise ValueError(f"unknown particle task {task!r}: choose one of {', '.join(TASKS)}.")
+PreyPolicy = Callable[[np.ndarray], np.ndarray]  # observations [E, P, prey_obs_dim] to actions [E, P, 2] in [-1, 1]
+
+
+def make_prey(name: str, prey: str | PreyPolicy, rng: Callable[[], np.random.Generator]) -> PreyPolicy:
+    """What the prey of the task `name` does: `prey` is "trained", "random" (drawn from `rng()`) or such a function."""
+    if callable(prey):
+        return prey
+    if prey == "random":
+        return lambda obs: rng().uniform(-1, 1, (*obs.shape[:-1], 2))
+    if prey != "trained":
+        raise ValueError(f"unknown prey {prey!r}: choose 'trained' or 'random'.")
+    return load_prey(Path(__file__).resolve().parent / "policies" / "mpe" / name.removesuffix("_local") / "prey.npz")
+
+
+def load_prey(path: Path) -> PreyPolicy:
+    """The prey whose weights data/collect.py wrote to `path`."""
+    if not path.exists():
+        raise ValueError(f"the prey's weights {path} are missing: make them with data/collect.py --train.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            w1, w2, w3 = (file[f"weight_{i}"] for i in range(3))  # [P, in, out]
+            b1, b2, b3 = (file[f"bias_{i}"] for i in range(3))  # [P, 1, out]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a policy that data/collect.py wrote ({error}).") from error
+
+    def policy(obs):
+        x = np.maximum(np.swapaxes(obs, 0, 1) @ w1 + b1, 0)  # [P, E, hidden]
+        return np.swapaxes(np.tanh(np.maximum(x @ w2 + b2, 0) @ w3 + b3), 0, 1)
+
+    return policy
+
+
+# ---- many worlds at once ----
+
+
+class BatchedEnv:
+    """E worlds of one task, stepped together; all of them start together and end after 25 steps."""
+
+    def __init__(self, name: str, number: int, prey: str | PreyPolicy = "trained"):
+        self.name, self.task, self.number = name, make_task(name), number
+        self.rng = np.random.default_rng()
+        self.prey = make_prey(name, prey, lambda: self.rng) if self.task.num_prey else None
+        task, movers = self.task, len(self.task.accel)
+        pairs = [
+            (a, b)
+            for a, b in itertools.combinations(range(len(task.sizes)), 2)
+            if task.collides[a] and task.collides[b] and a < movers
+        ]
+        self.first, self.second = np.array(pairs).T  # [pairs]
+        self.touch = task.sizes[self.first] + task.sizes[self.second]
+        entities = np.arange(movers)
+        # +1 where a force pushes an entity, -1 where its reaction does: [pairs, N + P]
+        self.pushes = 1.0 * (self.first[:, None] == entities) - 1.0 * (self.second[:, None] == entities)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """New positions, the same for the same seed; returns observations [E, N, obs_dim]."""
+        self.rng = np.random.default_rng(seed)
+        shape = (self.number, len(self.task.sizes), 2)
+        self.pos = self.rng.uniform(-1, 1, shape) * self.task.spread[:, None]  # [E, M, 2]
+        self.vel = np.zeros((self.number, len(self.task.accel), 2))  # [E, N + P, 2]
+        return self.task.observations(self.pos, self.vel)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Actions [E, N, 2] in [-1, 1], or [E, N] moves; returns observations [E, N, obs_dim] and rewards [E, N]."""
+        force = DISCRETE_FORCES[actions] if self.task.discrete else np.clip(actions, -1.0, 1.0)
+        if self.prey is not None and isinstance(self.task, SimpleTag):
+            fled = np.clip(self.prey(self.task.prey_observations(self.pos, self.vel)), -1.0, 1.0)
+            force = np.concatenate([force, fled], axis=1)
+        self.physics(force * self.task.accel[:, None])
+        return self.task.observations(self.pos, self.vel), self.task.rewards(self.pos)
+
+    def physics(self, force: np.ndarray) -> None:
+        """mpe2's World.step for forces [E, N + P, 2]: contacts, then damped motion with a limit on speed."""
+        x, y = self.pos[..., 0], self.pos[..., 1]
+        dx, dy = x[:, self.first] - x[:, self.second], y[:, self.first] - y[:, self.second]  # [E, pairs]
+        apart = np.sqrt(dx * dx + dy * dy)
+        overlap = (self.touch - apart) / CONTACT_MARGIN
+        near = overlap > -50  # beyond that the force is below 1e-20
+        strength = np.zeros_like(apart)
+        strength[near] = CONTACT_FORCE * CONTACT_MARGIN * np.logaddexp(0, overlap[near]) / apart[near]
+        push = np.stack([(strength * dx) @ self.pushes, (strength * dy) @ self.pushes], axis=-1)  # [E, N + P, 2]
+        self.pos[:, : len(self.task.accel)] += self.vel * DT
+        self.vel = self.vel * (1 - DAMPING) + (force + push) * DT
+        speed = np.sqrt((self.vel * self.vel).sum(axis=-1))
+        self.vel *= np.minimum(1.0, self.task.max_speed / np.maximum(speed, 1e-12))[..., None]
+
+
+# ---- one world, on mpe2 ----
+
+
+def make_task(name: str) -> Task:
+    """The task of this name."""
+    if name not in TASKS:
+        raise ValueError(f"unknown particle task {name!r}: choose one of {', '.join(TASKS)}.")
+    return TASKS[name]()
+
+
+def parallel_env(task: str, prey: str | PreyPolicy = "trained", render_mode: str | None = None) -> "ParticleEnv":
+    """The particle task of this name; `prey="random"` for one that was not trained; `render_mode="rgb_array"` lets
+    `render()` return an image."""
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"unknown render_mode {render_mode!r}: choose None or 'rgb_array'.")
-    return ParticleEnv(task, render_mode)
+    return ParticleEnv(task, prey, render_mode)
 
 
 class ParticleEnv(ParallelEnv):
     """One particle task behind PettingZoo's Parallel API. Observations are float32, rewards are individual."""
 
-    def __init__(self, task: str, render_mode: str | None = None):
-        self.task = TASKS[task]()
-        self.world = self.task.make_world()
-        self.metadata = {"name": task, "render_modes": ["rgb_array"], "render_fps": 10, "is_parallelizable": True}
+    def __init__(self, name: str, prey: str | PreyPolicy, render_mode: str | None = None):
+        self.task = make_task(name)
+        self.prey = make_prey(name, prey, lambda: self.rng) if self.task.num_prey else None
+        self.world = World()
+        self.world.dim_c = 2
+        self.world.agents = [Agent() for _ in self.task.accel]
+        self.world.landmarks = [Landmark() for _ in self.task.sizes[len(self.task.accel) :]]
+        for agent, limit in zip(self.world.agents, self.task.max_speed, strict=True):
+            agent.silent, agent.max_speed = True, None if np.isinf(limit) else float(limit)
+        looks = zip(self.world.entities, self.task.sizes, self.task.collides, self.task.colors, strict=True)
+        for entity, size, collides, color in looks:
+            entity.size, entity.collide, entity.color = float(size), bool(collides), color
+        self.metadata = {"name": name, "render_modes": ["rgb_array"], "render_fps": 10, "is_parallelizable": True}
         self.render_mode = render_mode
         self.possible_agents = [f"agent_{i}" for i in range(self.task.num_agents)]
         self.agents = []
@@ -141,25 +393,31 @@ class ParticleEnv(ParallelEnv):
         """Starts an episode; returns ({agent: [obs_dim]}, {agent: info}). A seed makes all later episodes follow."""
         if seed is not None:
             self.rng = np.random.default_rng(seed)
-        self.task.reset_world(self.world, self.rng)
+        for entity, spread in zip(self.world.entities, self.task.spread, strict=True):
+            entity.state.p_pos, entity.state.p_vel = self.rng.uniform(-1, 1, 2) * spread, np.zeros(2)
         self.agents = self.possible_agents[:]
         self.steps = 0
-        self.obs = self.task.observations(self.world)
+        self.obs = self.task.observations(*self.positions_and_velocities())
         return dict(zip(self.agents, self.obs, strict=True)), self._infos()
 
     def step(self, actions):
         """Takes {agent: [2] in [-1, 1], or 0..4}; returns the usual five dicts. Actions beyond the box are clipped."""
         if not self.agents:  # PettingZoo's convention after the end of an episode
             return {}, {}, {}, {}, {}
-        for name, agent in zip(self.agents, self.world.agents, strict=True):
-            agent.action.u = self._force(name, actions) * (SENSITIVITY if agent.accel is None else agent.accel)
+        forces = np.array([self._force(name, actions) for name in self.agents])
+        if self.prey is not None and isinstance(self.task, SimpleTag):
+            fled = self.prey(self.task.prey_observations(*self.positions_and_velocities())[None])[0]
+            forces = np.concatenate([forces, np.clip(fled, -1.0, 1.0)])
+        for agent, force, accel in zip(self.world.agents, forces, self.task.accel, strict=True):
+            agent.action.u = force * accel
         self.world.step()
         self.steps += 1
 
         agents, over = self.agents, self.steps >= EPISODE_STEPS
-        self.obs = self.task.observations(self.world)
+        pos, vel = self.positions_and_velocities()
+        self.obs = self.task.observations(pos, vel)
         observations = dict(zip(agents, self.obs, strict=True))
-        rewards = dict(zip(agents, self.task.rewards(self.world).tolist(), strict=True))
+        rewards = dict(zip(agents, self.task.rewards(pos).tolist(), strict=True))
         terminations, truncations = dict.fromkeys(agents, False), dict.fromkeys(agents, over)
         infos = self._infos()
         if over:
@@ -171,7 +429,7 @@ class ParticleEnv(ParallelEnv):
         return self.obs.reshape(-1).copy()
 
     def render(self) -> np.ndarray | None:
-        """[400, 400, 3] uint8: the square from -1.5 to 1.5, agents blue, landmarks grey; None without a render mode."""
+        """[400, 400, 3] uint8: the square from -1.5 to 1.5, discs in the tasks' colours; None without a render mode."""
         if self.render_mode is None:
             return None
         axis = np.linspace(-1.5, 1.5, 400)
@@ -184,6 +442,11 @@ class ParticleEnv(ParallelEnv):
 
     def close(self):
         pass
+
+    def positions_and_velocities(self) -> tuple[np.ndarray, np.ndarray]:
+        """The world's state as the tasks take it: [M, 2] and [N + P, 2]."""
+        pos = np.array([entity.state.p_pos for entity in self.world.entities])
+        return pos, np.array([agent.state.p_vel for agent in self.world.agents])
 
     def _infos(self):
         if not self.task.discrete:
@@ -202,14 +465,3 @@ class ParticleEnv(ParallelEnv):
         if action.shape != (2,) or not (-np.inf < action[0] < np.inf and -np.inf < action[1] < np.inf):
             raise ValueError(f"the action of {name} is {action.tolist()}, expected two finite numbers in [-1, 1].")
         return np.minimum(np.maximum(action, -1.0), 1.0).astype(np.float64)
-
-
-def positions(entities) -> np.ndarray:
-    """[number of entities, 2]"""
-    return np.array([entity.state.p_pos for entity in entities])
-
-
-def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[A, 2] and [B, 2] to [A, B]"""
-    delta = a[:, None] - b[None]
-    return np.sqrt((delta * delta).sum(axis=-1))

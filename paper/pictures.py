@@ -118,7 +118,7 @@ def play(env, actor: Actor, causal_model: CausalModel, joint: bool, seed: int) -
         team_reward = torch.tensor([sum(truth[-1])], dtype=torch.float32)
         credit.append(causal_model.assign(state.flatten()[None], vectors[None], team_reward)[0].numpy())
         if isinstance(env, mpe.ParticleEnv):
-            pictures.append((env.render(), mpe.positions(env.world.agents)))
+            pictures.append((env.render(), env.positions_and_velocities()[0][: len(env.possible_agents)]))
     return np.array(credit), np.array(truth), pictures
 
 
@@ -200,7 +200,7 @@ if __name__ == "__main__":
         print(out / "edges.png")
         env, particles = make_env(trained["env"]), trained["env"].startswith("mpe/")
         if particles:
-            env = mpe.parallel_env(trained["env"].removeprefix("mpe/"), "rgb_array")
+            env = mpe.parallel_env(trained["env"].removeprefix("mpe/"), render_mode="rgb_array")
         discrete = isinstance(env.action_space(env.possible_agents[0]), gymnasium.spaces.Discrete)
         actor = Actor(agents, observation_dim, action_dim, hidden_dim, discrete)
         actor.load_state_dict(weights)
