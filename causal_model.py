@@ -32,11 +32,13 @@ import torch
 from torch import Tensor, nn
 
 
-def owners(observations: Tensor) -> list[int]:
+def owners(observations: Tensor, own_share: float = 0.01) -> list[int]:
     """Whose own each dimension of the joint state is, where that is the agents' observations [T, N, O] side by side.
 
     A dimension is the observer's own unless it is constant or the others' observations determine it (linearly, but for
-    1 % of its variance): a reward that depends on it is then as well a function of what the others see.
+    `own_share` of its variance): a reward that depends on it is then as well a function of what the others see. With
+    an `own_share` of 0 whatever an agent observes is its own: for tasks in which its reward depends on where it is
+    itself, and on nobody else. The team reward alone cannot say which of the two is meant.
     Returns N * O agent numbers, -1 for nobody's.
     """
     x = observations[:: len(observations) // 5000 + 1].double().cpu()
@@ -46,7 +48,7 @@ def owners(observations: Tensor) -> list[int]:
         own, others = x[:, agent], torch.cat([x[:, :agent], x[:, agent + 1 :]], dim=1).flatten(1)
         gram = others.T @ others / len(x) + 1e-6 * torch.eye(others.shape[1])
         unexplained = own - others @ torch.linalg.solve(gram, others.T @ own / len(x))
-        owner += [agent if share > 0.01 else -1 for share in unexplained.square().mean(0).tolist()]
+        owner += [agent if share > own_share else -1 for share in unexplained.square().mean(0).tolist()]
     return owner
 
 

@@ -92,6 +92,8 @@ class Args:
     """L1 penalty on edges from actions (Eq. 5)"""
     anchor: float = 5.0
     """how much more an edge costs from a dimension that is not the agent's own; 1, as in the paper: no more"""
+    own_share: float = 0.01
+    """an observed dimension is the agent's own if the others' leave this share of it unexplained; 0: always its own"""
     h: float = 0.1
     """an edge counts in the credit when its probability is at least this (Eq. 6)"""
     causal_learning_rate: float = 1e-3
@@ -131,7 +133,7 @@ def check_args(args: Args) -> None:
     """Refuse numbers that cannot be meant, before anything is loaded or written."""
     for name, value in dataclasses.asdict(args).items():
         low, high = 0, math.inf
-        if name in ("gamma", "h", "tau", "target_rate", "expectile"):
+        if name in ("gamma", "h", "tau", "target_rate", "expectile", "own_share"):
             high = 1
         elif name == "anchor":
             low = 1
@@ -650,7 +652,9 @@ if __name__ == "__main__":
     nets = Networks(num_agents, observation_dim, action_dim, discrete, args).to(device)
     nets.fit_statistics(observations)
     # The joint state is the observations side by side, unless the dataset brings one of its own, which nobody owns.
-    states, owner = (data["states"], None) if "states" in data else (observations.flatten(1), owners(observations))
+    states, owner = observations.flatten(1), owners(observations, args.own_share)
+    if "states" in data:
+        states, owner = data["states"], None
     causal_model = CausalModel(
         num_agents, states.shape[1], action_dim, args.graph, owner, args.anchor, args.lambda1, args.lambda2, args.h
     ).to(device)

@@ -27,10 +27,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "paper" / "results"
-DATA = ROOT / "data" / "datasets" / "mpe" / "simple_spread"
 
-# name -> (seeds, {row label: command without the seed}). The first row of a table is what the others are compared with;
-# {data} in a command is Cooperative Navigation's folder of datasets.
+# name -> (seeds, {row label: command without the seed}). The first row of a table is what the others are compared with.
 TABLES: dict[str, tuple[list[int], dict[str, str]]] = {}
 
 # MACCA-ICQ; the other two scripts are in the scale tables below.
@@ -118,6 +116,35 @@ TABLES["cn-conventions"] = (
     },
 )
 
+# How long the runs of the paper's Table 1 must be, and alpha: learning curves on Predator-Prey and WORLD. One seed.
+pilot = "macca_omar.py --credit uniform --total-iterations 6000 --eval-interval 500 --eval-episodes 40"
+for task in ("simple_tag", "simple_world"):
+    TABLES[f"{task}-pilot-length"] = (
+        [1],
+        {
+            f"{quality}, alpha {alpha}": f"{pilot} --env mpe/{task} --dataset {quality} --alpha {alpha}"
+            for quality, alpha in [("expert", 1), ("medium", 1), ("medium", 0.2), ("medium-replay", 0.2)]
+        },
+    )
+
+# The paper's Table 1 (paper/table1.py), and the tasks in which a predator is rewarded for what it does itself
+# (paper/local.py). OMAR with `team` gets the rewards as they are, as the paper's does; the others are standardised.
+LENGTH = 2_000
+for task in ("simple_spread", "simple_tag", "simple_world", "simple_tag_local", "simple_world_local"):
+    for quality in ("expert", "medium") if task.endswith("local") else ("expert", "medium", "medium-replay", "random"):
+        where = f"--env mpe/{task} --dataset {quality} --total-iterations {LENGTH}"
+        train = f"macca_omar.py {where} --alpha {1 if quality == 'expert' else 0.2} --credit"
+        TABLES[f"table1-{task}-{quality}"] = (
+            [1, 2, 3],
+            {
+                "BC": f"paper/bc.py {where}",
+                "OMAR, team": f"{train} team --no-standardize-rewards",
+                "OMAR, uniform": f"{train} uniform",
+                "MACCA-OMAR": f"{train} macca" + (" --own-share 0" if task.endswith("local") else ""),
+                **({"OMAR, truth": f"{train} truth"} if task.endswith("local") else {}),
+            },
+        )
+
 
 @dataclass
 class Args:
@@ -134,7 +161,7 @@ class Args:
 def run(command: str) -> dict[str, str]:
     """Run one script in a folder of its own and return its row: scores of the last and the best policy, provenance."""
     with tempfile.TemporaryDirectory() as folder:
-        script, *arguments = command.replace("{data}", str(DATA)).split()
+        script, *arguments = command.split()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         started = time.monotonic()
         done = subprocess.run(
@@ -223,9 +250,10 @@ if __name__ == "__main__":
             print(f"runs.py: {args.table} has no row {args.only}; choose one of {', '.join(commands)}", file=sys.stderr)
             raise SystemExit(2)
         for command in commands.values():  # better now than after hours
-            words = command.replace("{data}", str(DATA)).split()
+            words = command.split()
+            env = words[words.index("--env") + 1] if "--env" in words else "mpe/simple_spread"
             given = words[words.index("--dataset") + 1] if "--dataset" in words else "expert"
-            if not (dataset := DATA / given).is_file() and not (dataset := DATA / f"{given}.npz").is_file():
+            if not (dataset := ROOT / "data" / "datasets" / env / f"{given}.npz").is_file():
                 print(f"runs.py: {dataset} is missing; README.md says which command makes it", file=sys.stderr)
                 raise SystemExit(2)
         there = {row["command"] for row in read(path)}

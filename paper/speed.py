@@ -2,6 +2,7 @@
 
     python paper/speed.py --script macca_omar --threads 1
     python paper/speed.py --transitions 1000000        # a made-up dataset of Cooperative Navigation's sizes
+    python paper/speed.py --physics                    # data/mpe.py's many worlds at once against mpe2's environments
 
 Times start after a burn-in; figures compared with each other are measured in turn, in the same process.
 """
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from causal_model import CausalModel, owners
+from data import mpe
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Args:
     """measure on the GPU"""
     rounds: int = 20
     """timed rounds of 10 iterations each, after 3 that are not counted"""
+    physics: bool = False
+    """measure joint steps of the particle tasks instead, observations and rewards included"""
 
 
 def made_up(path: Path, steps: int) -> None:
@@ -67,7 +71,7 @@ def made_up(path: Path, steps: int) -> None:
 def milliseconds(functions: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, float]:
     """Median time of one call of each function; the functions take turns, ten calls at a time."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in tqdm(range(-3, rounds), desc="timing", unit="round"):
+    for round_number in tqdm(range(-3, rounds), desc="timing", unit="round", leave=False):
         for name, function in functions.items():
             if cuda:
                 torch.cuda.synchronize()
@@ -81,9 +85,39 @@ def milliseconds(functions: dict[str, Callable], rounds: int, cuda: bool) -> dic
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def physics(rounds: int) -> None:
+    """Joint steps per second, random actions: mpe2's environments, ParticleEnv, BatchedEnv with 1,000 worlds."""
+    print("| task | mpe2 | `ParticleEnv` | `BatchedEnv` | `BatchedEnv` / mpe2 |\n|---|---|---|---|---|")
+    tasks = {"simple_spread": "simple_spread_v3", "simple_tag": "simple_tag_v3", "simple_world": "simple_world_comm_v3"}
+    for task, module in tasks.items():
+        theirs = importlib.import_module(f"mpe2.{module}").parallel_env(continuous_actions=True)
+        ours, batched = mpe.parallel_env(task), mpe.BatchedEnv(task, 1000)
+        actions = np.random.default_rng(0).uniform(-1, 1, (1000, ours.task.num_agents, 2))
+
+        def one(env):
+            if not env.agents:
+                env.reset(seed=0)
+            env.step({agent: env.action_space(agent).sample() for agent in env.agents})
+
+        theirs.reset(seed=0)
+        batched.reset(0)
+        one(ours)
+        functions = {
+            "mpe2": lambda env=theirs: one(env),
+            "one": lambda env=ours: one(env),
+            "many": lambda env=batched, actions=actions: env.step(actions),
+        }
+        ms = milliseconds(functions, rounds, cuda=False)
+        mpe2, own, many = 1000 / ms["mpe2"], 1000 / ms["one"], 1e6 / ms["many"]
+        print(f"| {task} | {mpe2:,.0f} | {own:,.0f} | {many:,.0f} | {many / mpe2:.0f} |")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
+    if args.physics:
+        physics(args.rounds)
+        raise SystemExit
     base = importlib.import_module(args.script)
     settings = {c: base.Args(dataset=args.dataset, credit=c, batch_size=args.batch_size) for c in ("team", "macca")}
     env = base.make_env("mpe/simple_spread")
