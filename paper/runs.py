@@ -118,14 +118,15 @@ TABLES["cn-conventions"] = (
 
 # How long the runs of the paper's Table 1 must be, and alpha: learning curves on Predator-Prey and WORLD. One seed.
 pilot = "macca_omar.py --credit uniform --total-iterations 4000 --eval-interval 500 --eval-episodes 40"
-for task in ("simple_tag", "simple_world"):
-    TABLES[f"{task}-pilot-length"] = (
-        [1],
-        {
-            f"{quality}, alpha {alpha}": f"{pilot} --env mpe/{task} --dataset {quality} --alpha {alpha}"
-            for quality, alpha in [("expert", 1), ("medium", 1), ("medium", 0.2), ("medium-replay", 0.2)]
-        },
-    )
+TABLES["pilot-simple_tag"] = (
+    [1],
+    {
+        "expert, alpha 1": f"{pilot} --env mpe/simple_tag --dataset expert --alpha 1",
+        "medium, alpha 1": f"{pilot} --env mpe/simple_tag --dataset medium --alpha 1",
+        "medium, alpha 0.2": f"{pilot} --env mpe/simple_tag --dataset medium --alpha 0.2",
+    },
+)
+TABLES["pilot-simple_world"] = ([1], {"expert, alpha 1": f"{pilot} --env mpe/simple_world --dataset expert --alpha 1"})
 
 # The paper's Table 1 (paper/table1.py), and the tasks in which a predator is rewarded for what it does itself
 # (paper/local.py). OMAR with `team` gets the rewards as they are, as the paper's does; the others are standardised.
@@ -133,7 +134,7 @@ LENGTH = 1_500
 for task in ("simple_spread", "simple_tag", "simple_world", "simple_tag_local", "simple_world_local"):
     for quality in ("expert",) if task.endswith("local") else ("expert", "medium", "medium-replay", "random"):
         where = f"--env mpe/{task} --dataset {quality} --total-iterations {LENGTH} --eval-interval 500"
-        train = f"macca_omar.py {where} --alpha {1 if quality == 'expert' else 0.2} --credit"
+        train = f"macca_omar.py {where} --credit"
         TABLES[f"table1-{task}-{quality}"] = (
             [1, 2, 3],
             {
