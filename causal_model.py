@@ -247,8 +247,8 @@ class CausalModel(nn.Module):
         `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error
         of the summed prediction over the team reward's variance. Where the individual rewards are known: errors of the
         credit and of the even split R / N, `credit_mse`, `credit_mae`, `even_mse`, `even_mae`; `credit_skill`,
-        1 - credit_mse / even_mse (1 is perfect, 0 no better than the even split, undefined where that is exact); and
-        `credit_rank`, Spearman's correlation, mean over agents.
+        1 - credit_mse / even_mse (1 is perfect, 0 no better than the even split; left out where that is exact, but for
+        rounding); and `credit_rank`, Spearman's correlation, mean over agents.
         """
         credit = self.assign(state, action, team_reward)  # [B, N]
         state_masks, action_masks = self.masks(state, action)
@@ -259,7 +259,8 @@ class CausalModel(nn.Module):
             error, even = credit - individual_rewards, team_reward[:, None] / self.num_agents - individual_rewards
             report |= {"credit_mse": error.square().mean(), "credit_mae": error.abs().mean()}
             report |= {"even_mse": even.square().mean(), "even_mae": even.abs().mean()}
-            report["credit_skill"] = 1 - report["credit_mse"] / report["even_mse"]
+            if report["even_mse"] > 1e-9 * team_reward.square().mean():
+                report["credit_skill"] = 1 - report["credit_mse"] / report["even_mse"]
             ranks = [x.argsort(0).argsort(0).double() for x in (credit, individual_rewards)]  # ties as they come
             centred = [x - x.mean(0) for x in ranks]
             report["credit_rank"] = ((centred[0] * centred[1]).mean(0) / ranks[0].var(0, correction=0)).mean()
