@@ -430,6 +430,9 @@ def test_report(graph):
     assert report == pytest.approx(expected, rel=1e-4)
     assert np.ptp(correlations) > 0.01 and 0.01 < report["credit_rank"] < 0.99
     assert model.report(state, action, team).keys() == {"state_density", "action_density", "team_nmse"}
+    # Where all agents earn the same, the even split is exact but for rounding, and nothing can be better.
+    alike = truth[:, :1].expand(-1, N)
+    assert report.keys() - model.report(state, action, alike.sum(1), alike).keys() == {"credit_skill"}
 
 
 # ---- whose own a dimension is ----
@@ -472,6 +475,15 @@ def test_owners(transitions):
     observations, expected = made_up_observations(transitions)
     assert slow_owners(observations) == expected
     assert owners(observations) == expected
+
+
+def test_everything_observed_can_be_own():
+    """With a share of 0, whatever varies is its observer's own; with a larger one, less is than by default."""
+    observations, expected = made_up_observations(10_001)
+    own = owners(observations, own_share=0.0)
+    varies = (observations.std(0) > 1e-6).tolist()
+    assert own == [agent if varies[agent][k] else -1 for agent in range(3) for k in range(6)]
+    assert own != expected and set(owners(observations, own_share=1.1)) == {-1}
 
 
 def test_owner_of_a_single_agent():

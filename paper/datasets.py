@@ -1,0 +1,110 @@
+"""The cards of data/README.md, from the dataset files themselves, and two pictures beside it.
+
+    python paper/datasets.py        # after python data/collect.py --all
+
+Prints one row per dataset and the files' checksums (`sha256sum -c` reads them); draws data/returns.png, how the episode
+returns of every dataset are distributed, and data/training.png, the trainings that the policies come from.
+"""
+
+import csv
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import collect
+
+ROOT = collect.ROOT
+COLOURS = {"random": "0.6", "medium-replay": "#e6ab02", "medium": "#7570b3", "expert": "#1b9e77"}
+
+
+def card(path: Path) -> tuple[str, np.ndarray, dict]:
+    """A Markdown row, the episode returns, and the metadata of a dataset file."""
+    with np.load(path, allow_pickle=False) as file:
+        data = {key: file[key] for key in ("rewards", "terminals", "timeouts", "observations")}
+        data |= {key: file[key] for key in ("individual_rewards",) if key in file.files}
+        metadata = json.loads(str(file["metadata"]))
+    agents = data["observations"].shape[1]
+    own = data.get("individual_rewards", np.repeat(data["rewards"][:, None] / agents, agents, axis=1))
+    returns = collect.episode_returns({**data, "individual_rewards": own})
+    spread = f"{returns.mean():.1f}, {returns.std():.1f}, {returns.min():.0f} to {returns.max():.0f}"
+    cells = [f"{metadata['env'].removeprefix('mpe/')} {metadata['quality']}", f"{len(own):,}", spread]
+    if "individual_rewards" in data:
+        apart = (own != own[:, :1]).any(axis=1).mean()
+        even = np.square(own - data["rewards"][:, None] / agents).mean()
+        cells += [f"{own.mean():.2f}, {own.std():.2f}", f"{apart:.1%}", f"{even:.3f}" if apart else "0, exact"]
+    else:
+        cells += ["team only", "", ""]
+    policy = metadata["policy"]
+    learned = f"{policy['training_episodes']:,}" if policy else "none"
+    return "| " + " | ".join([*cells, learned, f"{metadata['noise']:g}"]) + " |", returns, metadata
+
+
+def draw_returns(returns: dict[str, dict[str, np.ndarray]], references: dict[str, dict]) -> None:
+    """A panel per task, a line per quality, dotted lines where random and expert references lie."""
+    figure, axes = plt.subplots(-(-len(returns) // 4), 4, figsize=(13, 5.5))
+    for axis, (env, qualities) in zip(axes.flat, returns.items(), strict=False):
+        everything = np.concatenate(list(qualities.values()))
+        bins = np.linspace(*np.quantile(everything, [0.001, 0.999]), 60)
+        for quality, values in qualities.items():
+            axis.hist(values, bins, density=True, histtype="step", color=COLOURS[quality], label=quality, linewidth=1.5)
+        for reference in ("random_return", "expert_return"):
+            axis.axvline(references[env][reference], color="0.5", linestyle=":", linewidth=1)
+        axis.set(title=env.removeprefix("mpe/"), yticks=[])
+        axis.set_xlabel("return per agent and episode", fontsize=8)
+        axis.legend(frameon=False, fontsize=7)
+    for axis in list(axes.flat)[len(returns) :]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(ROOT / "data" / "returns.png", dpi=100)
+
+
+def draw_training() -> None:
+    """The evaluation returns of every training of predators or agents, and where its medium policy was taken."""
+    curves = sorted((ROOT / "data" / "policies" / "mpe").glob("*/training.csv"))
+    figure, axes = plt.subplots(1, len(curves), figsize=(13, 2.8))
+    for axis, path in zip(axes, curves, strict=True):
+        with open(path) as file:
+            rows = list(csv.DictReader(file))
+        episodes = [int(row["episodes"]) for row in rows]
+        axis.plot(episodes, [float(row["eval_return"]) for row in rows], color=COLOURS["expert"], linewidth=1)
+        _, metadata = collect.load_policy(path.parent / "medium.npz")
+        axis.axvline(metadata["training_episodes"], color=COLOURS["medium"], linestyle=":")
+        axis.set_title(path.parent.name, fontsize=9)
+        axis.set_xlabel("training episodes", fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0].set_ylabel("return per agent and episode", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "data" / "training.png", dpi=100)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(__doc__)
+        raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+    returns: dict[str, dict[str, np.ndarray]] = {}
+    references, checksums = {}, []
+    print("| dataset | transitions | return: mean, deviation, range | individual rewards: mean, deviation | ", end="")
+    print("steps in which they differ | squared error of R / N | training episodes of the policy | noise |")
+    print("|---" * 8 + "|")
+    for env, quality in tqdm(collect.ALL, desc="datasets", unit="dataset"):
+        path = ROOT / "data" / "datasets" / env / f"{quality}.npz"
+        if not path.exists():
+            print(f"datasets.py: {path} is missing; python data/collect.py --all makes it", file=sys.stderr)
+            continue
+        row, returns.setdefault(env, {})[quality], references[env] = card(path)
+        tqdm.write(row)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        checksums.append(f"{digest}  {path.relative_to(ROOT)}")
+    print("\n" + "\n".join(checksums))
+    draw_returns(returns, references)
+    draw_training()
