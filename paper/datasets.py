@@ -80,6 +80,7 @@ def draw_training() -> None:
         axis.axvline(metadata["training_episodes"], color=COLOURS["medium"], linestyle=":")
         axis.set_title(path.parent.name, fontsize=9)
         axis.set_xlabel("training episodes", fontsize=8)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         axis.tick_params(labelsize=7)
     axes[0].set_ylabel("return per agent and episode", fontsize=8)
     figure.tight_layout()
