@@ -151,7 +151,7 @@ alone = f"macca_icq.py --causal-schedule first --causal-pretrain-iterations {LEN
 TABLES["local-conventions"] = (
     [1, 2, 3],
     {
-        f"{task}, own-share {share}": f"{alone} --final-episodes 1 --env mpe/{task} --dataset expert --own-share {share}"
+        f"{task}, own-share {share}": f"{alone} --final-episodes 1 --env mpe/{task} --own-share {share}"
         for task in ("simple_tag_local", "simple_world_local")
         for share in (0.01, 0)
     },
