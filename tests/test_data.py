@@ -278,6 +278,64 @@ def test_batched_worlds_are_those_of_mpe2(name):
     assert hidden > 100 or "world" not in name
 
 
+@pytest.mark.parametrize("task", ["simple_tag", "simple_world", "simple_tag_local", "simple_world_local"])
+def test_both_ways_of_playing_are_the_same_task(task):
+    """The same start, the same actions, the shipped prey: 25 steps of ParticleEnv and of BatchedEnv."""
+    batched = mpe.BatchedEnv(task, 3)
+    seen = [batched.reset(seed=7)]
+    starts = batched.pos.copy()
+    actions = np.random.default_rng(1).uniform(-1, 1, (25, 3, batched.task.num_agents, 2))
+    earned = []
+    for step in range(25):
+        obs, rewards = batched.step(actions[step])
+        seen.append(obs)
+        earned.append(rewards)
+    assert np.abs(np.diff(earned, axis=0)).max() > 0
+    for world in range(3):
+        env = mpe.parallel_env(task)
+        env.reset(seed=0)
+        for entity, position in zip(env.world.entities, starts[world], strict=True):
+            entity.state.p_pos = position.copy()
+        for step in range(25):
+            obs, rewards, *_ = env.step(dict(zip(env.agents, actions[step, world], strict=True)))
+            np.testing.assert_allclose(np.stack(list(obs.values())), seen[step + 1][world], atol=1e-4)
+            np.testing.assert_allclose(list(rewards.values()), earned[step][world], atol=1e-4)
+
+
+def test_local_rewards_are_parts_of_the_original():
+    """Summed over the predators they are what each of them gets in the original."""
+    for task in ("simple_tag", "simple_world"):
+        local, original = mpe.BatchedEnv(f"{task}_local", 500, "random"), mpe.BatchedEnv(task, 500, "random")
+        for env in (local, original):
+            env.reset(seed=2)
+            env.pos *= 0.3
+        apart = local.task.rewards(local.pos)
+        np.testing.assert_allclose(apart.sum(1), original.task.rewards(original.pos)[:, 0])
+        assert (apart.std(1) > 1).mean() > 0.05
+
+
+def test_which_prey(tmp_path):
+    """Trained prey is another than random prey and the same every time; what cannot be loaded is said."""
+    paths = {}
+    for name, prey in (("trained", "trained"), ("again", "trained"), ("random", "random"), ("still", np.zeros_like)):
+        prey = (lambda obs: np.zeros((*obs.shape[:-1], 2))) if callable(prey) else prey
+        env = mpe.BatchedEnv("simple_tag", 20, prey)
+        env.reset(seed=4)
+        for _ in range(10):
+            env.step(np.zeros((20, 3, 2)))
+        paths[name] = env.pos[:, 3]
+    np.testing.assert_array_equal(paths["trained"], paths["again"])
+    others = [paths[name] for name in ("trained", "random", "still")]
+    assert all(np.abs(others[i] - others[i - 1]).mean() > 0.05 for i in range(3))
+    with pytest.raises(ValueError, match="choose 'trained' or 'random'"):
+        mpe.parallel_env("simple_tag", prey="tame")
+    with pytest.raises(ValueError, match=r"are missing: make them with data/collect.py --train"):
+        mpe.load_prey(tmp_path / "prey.npz")
+    (tmp_path / "prey.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="is not a policy"):
+        mpe.load_prey(tmp_path / "prey.npz")
+
+
 # ---- the collector ----
 
 
