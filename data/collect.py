@@ -11,7 +11,7 @@ has prey, predators and prey first learn against each other; then the prey is fr
 against it. The four qualities, after D4RL and OMAR (https://arxiv.org/abs/2111.11188):
 
     random         freshly initialised actors, new ones for every episode
-    medium-replay  every episode of the training until the medium policy was reached
+    medium-replay  every episode of such a training, until the medium policy was reached
     medium         the first policy whose evaluation came as far between random and expert as OMAR's medium data did
     expert         the policy of the training that was evaluated best
 
@@ -85,11 +85,11 @@ class Args:
     overwrite: bool = False
     """replace the file (or, with --train, the policies) if it exists"""
     all: bool = False
-    """record every dataset of data/README.md at full size; those that are there already are left alone"""
+    """record every dataset of data/README.md that is not there; another file in its place stays, unless --overwrite"""
     train: bool = False
     """train the behaviour policies and write data/policies/<env>/ instead of recording a dataset"""
 
-    # Training (used by --train; medium-replay repeats the training that made its medium policy)
+    # Training (used by --train; medium-replay takes the settings with which its medium policy was trained)
     train_episodes: int = 40_000
     """episodes of training, in rounds of 100"""
     prey_episodes: int = 20_000
@@ -312,15 +312,16 @@ def train_prey(args: Args, folder: Path) -> None:
         for episode in range(0, args.prey_episodes - LOCKSTEP + 1, LOCKSTEP):
             noise = args.exploration_noise if episode >= 500 else 1.0  # the first episodes are close to random actions
             act, flee = (act_with(learner.actor, 0, noise, rng) for learner in (predators, prey))
-            obs, fled = env.reset(int(rng.integers(2**31))), []
-            env.prey = lambda prey_obs, flee=flee, fled=fled: fled.append((prey_obs, flee(prey_obs))) or fled[-1][1]
+            obs = env.reset(int(rng.integers(2**31)))
+            prey_obs = env.task.prey_observations(env.pos, env.vel)
             for _ in range(mpe.EPISODE_STEPS):
-                actions = act(obs)
+                actions, fled = act(obs), flee(prey_obs)
+                env.prey = lambda _, fled=fled: fled
                 following, rewards = env.step(actions)
-                replays[0].add(obs, actions, rewards, following)
                 prey_following = env.task.prey_observations(env.pos, env.vel)
-                replays[1].add(*fled[-1], env.task.prey_rewards(env.pos), prey_following)
-                obs = following
+                replays[0].add(obs, actions, rewards, following)
+                replays[1].add(prey_obs, fled, env.task.prey_rewards(env.pos), prey_following)
+                obs, prey_obs = following, prey_following
                 caught.append(float((rewards > 0).mean()))
             if episode >= 500:
                 for learner, replay in zip((predators, prey), replays, strict=True):
@@ -467,6 +468,7 @@ def fail(message: str) -> NoReturn:
 
 def record(args: Args, folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Plays a random, medium or expert policy; returns flat transitions and what is known about the policy."""
+    # Every world of a random dataset has actors of its own: 200 of them are enough weights at a time.
     worlds = min(200 if args.quality == "random" else 1000, max(args.transitions // mpe.EPISODE_STEPS, 1))
     env = make_env(args.env, worlds)
     moves = sizes(env)[3]
@@ -585,11 +587,17 @@ def main(args: Args) -> None:
         for env, quality in tqdm(ALL, desc="datasets", unit="dataset"):
             one = dataclasses.replace(args, all=False, env=env, quality=quality)
             path = default_path(one)
-            if made_by(path) != command(one):  # another size, or the small one that is shipped
+            if path.exists() and made_by(path) == command(one):
+                continue
+            if path.exists() and not args.overwrite:  # the small one that is shipped, or somebody's own
+                tqdm.write(f"{path} is another dataset and stays; --overwrite replaces it")
+            else:
                 write_dataset(one, path)
         return
     if args.train:
         folder = args.output or ROOT / "data" / "policies" / args.env
+        if folder.is_file():
+            fail(f"--output {folder}: with --train, expected the name of a folder.")
         if (folder / "references.json").exists() and not args.overwrite:
             fail(f"{folder} has policies already: add --overwrite to replace them, or choose another --output.")
         policies, prey = folder, "trained"
@@ -612,8 +620,8 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except OSError as error:
         fail(f"{error.filename or 'file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
-        fail("interrupted; nothing was written.")
+        fail("interrupted; no file is left half written, and --all goes on where it stopped.")

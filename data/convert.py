@@ -56,7 +56,7 @@ class Args:
     """replace the file if it exists"""
     rewards: Literal["team", "individual"] | None = None
     """what a reward per agent is: the team's, repeated for each, or the agent's own, so that the team's is the sum. By
-    default individual, but team where all agents have the same reward in every step (in OMAR's files never)"""
+    default individual, but team where all agents have the same in every step (never in OMAR's files and mpe/ tasks)"""
     agents: int | None = None
     """OMAR, OG-MARL: take the first so many agents; by default those that observe as many numbers as the first one"""
     seeds: tuple[int, ...] = ()
@@ -296,7 +296,10 @@ def in_order(source: Path, dataset: Source) -> np.ndarray:
     broken = breaks(columns["next_observations"], columns["observations"], len(ends))
     if (broken & ~ends).any():
         row = np.argmax(broken & ~ends)
-        fail(f"{source}: after row {row:,} comes another observation than the next row's, inside of an episode")
+        fail(
+            f"{source}: after row {row:,} comes another observation than the next row's, inside of an episode; "
+            "either --episode-length is not the true one, or the rows are out of order, or there is NaN among them"
+        )
     return broken
 
 
@@ -381,7 +384,10 @@ def read_d4rl(source: Path, args: Args, arrays: Any) -> Source:
         shape = list(arrays["observations"].shape)
         fail(f"{source}: observations are {shape}, expected [rows, agents, numbers], also for a single agent")
     limits = flags(rows.pop("timeouts"), length) if "timeouts" in rows else np.zeros(length, bool)
-    terminals, timeouts = split(flags(rows.pop("terminals"), length), limits, args.episode_length)
+    terminals = flags(rows.pop("terminals"), length)
+    if args.episode_length and not (terminals | limits).any():  # ends that nothing marks: after so many rows each
+        limits = np.arange(1, length + 1) % args.episode_length == 0
+    terminals, timeouts = split(terminals, limits, args.episode_length)
     columns: dict[str, Column] = {**rows}
     notes: list[str] = []
     if "next_observations" not in columns and "final_observations" not in arrays:
@@ -446,8 +452,10 @@ def recognise(source: Path, args: Args) -> Source:
 # ---- writing ----
 
 
-def settle_rewards(path: Path, source: Source, asked: str | None) -> str:
+def settle_rewards(path: Path, source: Source, asked: str | None, env: str) -> str:
     """Makes `rewards` [R] the team's and adds `individual_rewards` [R, N] if the source has them; says what it took."""
+    if env.startswith("mpe/"):  # our particle tasks pay every agent, some all alike
+        source.equal_is_team = False
     given, agents = source.columns["rewards"], source.columns["observations"](0, 1).shape[1]
 
     def rewards(a: int, b: int) -> np.ndarray:
@@ -738,6 +746,10 @@ def convert(args: Args) -> None:
     if args.source is None or not args.env or not args.quality:
         fail("give a SOURCE, --env and --quality to convert, or --check FILE")
     path = args.output or ROOT / "data" / "datasets" / args.env / f"{args.quality}.npz"
+    if Path(args.quality).name != args.quality:
+        fail(f"--quality {args.quality}: expected a word, not a path; --output names another place")
+    if (args.random_return is None) != (args.expert_return is None):
+        fail("--random-return and --expert-return are of use together only: give both or none")
     if path.suffix != ".npz" or path.is_dir():
         fail(f"--output {path}: expected the name of a file that ends in .npz")
     if path.exists() and not args.overwrite:
@@ -752,8 +764,8 @@ def convert(args: Args) -> None:
             if getattr(args, flag) and source.format not in formats:
                 fail(f"--{flag} is for {' and '.join(formats)}, but {args.source} is {source.format}")
         if not source.keep.any():
-            fail(f"{args.source} ({source.format}) holds no whole episode")
-        reading = settle_rewards(args.source, source, args.rewards)
+            fail(f"{args.source} ({source.format}) holds no whole episode; for unmarked limits give --episode-length")
+        reading = settle_rewards(args.source, source, args.rewards, args.env)
         arrays = plan(source)
         metadata = describe(args, source, reading, arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -773,6 +785,7 @@ def convert(args: Args) -> None:
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB from {metadata['source']} ({source.format})")
     for name, line in {"rewards read as": reading, **report.card}.items():
         print(f"    {name:<19} {line}")
+    print(f"    {'to train on it':<19} --env {args.env} --dataset {path}")
     for line in [*source.notes, *(f"doubtful: {finding}" for finding in report.doubtful)]:
         print(f"    {line}")
 
@@ -801,9 +814,9 @@ def describe(args: Args, source: Source, reading: str, arrays: dict) -> dict:
 
 def check(path: Path) -> None:
     if not path.is_file():
-        fail(f"{path} does not exist")
+        fail(f"{path} is not a file")
     report = inspect(path)
-    for finding in report.wrong + report.doubtful:
+    for finding in [*report.wrong, *(f"doubtful: {finding}" for finding in report.doubtful)]:
         print(f"{path}: {finding}")
     if report.wrong or report.doubtful:
         sys.exit(2)
@@ -820,6 +833,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
         fail("interrupted; nothing was written.")

@@ -2,7 +2,8 @@
 
 The tasks are those of the offline multi-agent literature since OMAR (https://arxiv.org/abs/2111.11188). An action is
 the force in x and y, two numbers in [-1, 1]; an episode ends after 25 steps, always by truncation. The physics and the
-observations are mpe2's; the rewards, and that the prey belongs to the environment, are not:
+observations are mpe2's (in WORLD without leader and speech); the rewards, and that the prey belongs to the environment,
+are not:
 
 - `simple_spread`, Cooperative Navigation (CN): the reward of agent i is the sum over landmarks of min(1 / distance of
   the nearest agent, 10), minus 5 for every other agent that it touches. `simple_spread_discrete` has the moves none,
@@ -127,7 +128,7 @@ class SimpleTag:
 
     def _seen(self, pos: np.ndarray, vel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of all who move, K = N + P: positions relative to each other [..., K, K, 2], prey velocities as each sees
-        them [..., K, P, 2], and what else each sees [..., K, anything]."""
+        them [..., K, P, 2], and what else each sees [..., K, anything]: nothing here, more in WORLD."""
         moving = pos[..., : len(self.accel), :]
         others = moving[..., None, :, :] - moving[..., :, None, :]
         prey = vel[..., self.num_agents :, :]
@@ -143,7 +144,7 @@ class SimpleTag:
             rest = [j for j in range(len(self.accel)) if j != i]
             prey = [j - self.num_agents for j in rest if j >= self.num_agents]
             last = [prey_vel[..., i, prey, :].reshape(*pos.shape[:-2], -1), more[..., i, :]]
-            last = last if i < self.num_agents else last[::-1]  # mpe2's order for the prey
+            last = last if i < self.num_agents else last[::-1]  # the order of mpe2's WORLD for predators and for prey
             seen = others[..., i, rest, :].reshape(*pos.shape[:-2], -1)
             views.append([vel[..., i, :], pos[..., i, :], landmarks[..., i, :], seen, *last])
         return np.stack([np.concatenate(view, axis=-1, dtype=np.float32) for view in views], axis=-2)
@@ -168,12 +169,16 @@ class SimpleTag:
         own = self.contact_reward * touching.sum(axis=-1) - 0.1 * apart.min(axis=-1)
         return own if self.local else np.repeat(own.sum(axis=-1, keepdims=True), self.num_agents, axis=-1)
 
-    def prey_rewards(self, pos: np.ndarray) -> np.ndarray:
-        """[..., P], as in mpe2: for being caught, and for leaving the square, so that it can be caught."""
-        _, touching = self._caught(pos)
+    def _beyond(self, pos: np.ndarray) -> np.ndarray:
+        """[..., P]: what leaving the square costs a prey; without it, it would run where nobody follows."""
         x = np.abs(pos[..., self.num_agents : len(self.accel), :])
-        beyond = np.where(x < 1.0, np.maximum(x - 0.9, 0) * 10, np.exp(np.minimum(2 * x - 2, np.log(10))))
-        return -self.contact_reward * touching.sum(axis=-2) - beyond.sum(axis=-1)
+        cost = np.where(x < 1.0, np.maximum(x - 0.9, 0) * 10, np.exp(np.minimum(2 * x - 2, np.log(10))))
+        return cost.sum(axis=-1)
+
+    def prey_rewards(self, pos: np.ndarray) -> np.ndarray:
+        """[..., P], as in mpe2: for being caught, and for leaving the square."""
+        _, touching = self._caught(pos)
+        return -self.contact_reward * touching.sum(axis=-2) - self._beyond(pos)
 
 
 class SimpleTagLocal(SimpleTag):
@@ -213,13 +218,11 @@ class SimpleWorld(SimpleTag):
         return others * visible[..., None], prey_vel * prey_visible[..., None], np.where(inside, 1.0, -1.0)
 
     def prey_rewards(self, pos: np.ndarray) -> np.ndarray:
-        """[..., P]: leaving the square costs double; finding food is worth something."""
+        """[..., P]: as above, but leaving the square costs double, and finding food is worth something."""
         n, k = self.num_agents, len(self.accel)
-        _, touching = self._caught(pos)
-        caught = -self.contact_reward * touching.sum(axis=-2)
         apart = distances(pos[..., n:k, :], pos[..., -4:-2, :])  # [..., P, food]
         fed = 2.0 * (apart < self.sizes[n] + self.sizes[-4]).sum(axis=-1) - 0.05 * apart.min(axis=-1)
-        return caught + 2 * (super().prey_rewards(pos) - caught) + fed
+        return super().prey_rewards(pos) - self._beyond(pos) + fed
 
 
 class SimpleWorldLocal(SimpleWorld):
@@ -253,7 +256,10 @@ PreyPolicy = Callable[[np.ndarray], np.ndarray]  # observations [E, P, prey_obs_
 
 
 def make_prey(name: str, prey: str | PreyPolicy, rng: Callable[[], np.random.Generator]) -> PreyPolicy:
-    """What the prey of the task `name` does: `prey` is "trained", "random" (drawn from `rng()`) or such a function."""
+    """What the prey of the task `name` does: `prey` is "trained", "random" or such a function.
+
+    Random actions are drawn from `rng()`, the environment's generator of the moment: every reset makes a new one.
+    """
     if callable(prey):
         return prey
     if prey == "random":
@@ -266,7 +272,8 @@ def make_prey(name: str, prey: str | PreyPolicy, rng: Callable[[], np.random.Gen
 def load_prey(path: Path) -> PreyPolicy:
     """The prey whose weights data/collect.py wrote to `path`."""
     if not path.exists():
-        raise ValueError(f"the prey's weights {path} are missing: make them with data/collect.py --train.")
+        task = f"--env mpe/{path.parent.name}"
+        raise ValueError(f"the prey's weights {path} are missing: make them with data/collect.py {task} --train.")
     try:
         with np.load(path, allow_pickle=False) as file:
             w1, w2, w3 = (file[f"weight_{i}"] for i in range(3))  # [P, in, out]
@@ -298,10 +305,10 @@ class BatchedEnv:
             if task.collides[a] and task.collides[b] and a < movers
         ]
         self.first, self.second = np.array(pairs).T  # [pairs]
-        self.touch = task.sizes[self.first] + task.sizes[self.second]
-        entities = np.arange(movers)
-        # +1 where a force pushes an entity, -1 where its reaction does: [pairs, N + P]
-        self.pushes = 1.0 * (self.first[:, None] == entities) - 1.0 * (self.second[:, None] == entities)
+        self.reach = task.sizes[self.first] + task.sizes[self.second]  # the distance at which a pair touches
+        moving = np.arange(movers)
+        # +1 where a pair's force pushes who moves, -1 where its reaction does: [pairs, N + P]
+        self.pushes = 1.0 * (self.first[:, None] == moving) - 1.0 * (self.second[:, None] == moving)
 
     def reset(self, seed: int) -> np.ndarray:
         """New positions, the same for the same seed; returns observations [E, N, obs_dim]."""
@@ -325,7 +332,7 @@ class BatchedEnv:
         x, y = self.pos[..., 0], self.pos[..., 1]
         dx, dy = x[:, self.first] - x[:, self.second], y[:, self.first] - y[:, self.second]  # [E, pairs]
         apart = np.sqrt(dx * dx + dy * dy)
-        overlap = (self.touch - apart) / CONTACT_MARGIN
+        overlap = (self.reach - apart) / CONTACT_MARGIN
         near = overlap > -50  # beyond that the force is below 1e-20
         strength = np.zeros_like(apart)
         strength[near] = CONTACT_FORCE * CONTACT_MARGIN * np.logaddexp(0, overlap[near]) / apart[near]

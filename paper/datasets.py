@@ -53,7 +53,8 @@ def draw_returns(returns: dict[str, dict[str, np.ndarray]], references: dict[str
     figure, axes = plt.subplots(-(-len(returns) // 4), 4, figsize=(13, 5.5))
     for axis, (env, qualities) in zip(axes.flat, returns.items(), strict=False):
         everything = np.concatenate(list(qualities.values()))
-        bins = np.linspace(*np.quantile(everything, [0.001, 0.999]), 60)
+        low, high = np.quantile(everything, [0.001, 0.999])
+        bins = np.linspace(low, high, 60)
         for quality, values in qualities.items():
             axis.hist(values, bins, density=True, histtype="step", color=COLOURS[quality], label=quality, linewidth=1.5)
         for reference in ("random_return", "expert_return"):
@@ -80,7 +81,7 @@ def draw_training() -> None:
         axis.axvline(metadata["training_episodes"], color=COLOURS["medium"], linestyle=":")
         axis.set_title(path.parent.name, fontsize=9)
         axis.set_xlabel("training episodes", fontsize=8)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axis.locator_params(axis="x", nbins=4)
         axis.tick_params(labelsize=7)
     axes[0].set_ylabel("return per agent and episode", fontsize=8)
     figure.tight_layout()

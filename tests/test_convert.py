@@ -343,7 +343,7 @@ def test_what_a_reward_per_agent_is(tmp_path):
     flags = ["--env", "x", "--quality", "y", "--overwrite", "--output", tmp_path / "data.npz"]
     kept = ~rows["timeouts"]
     cases = [(differ, [], True), (same, [], False), (same, ["--rewards", "individual"], True), (same[:, :1], [], False)]
-    cases += [(same, ["--rewards", "team"], False)]
+    cases += [(same, ["--rewards", "team"], False), (same, ["--env", "mpe/simple_tag"], True)]
     for given, asked, individual in cases:
         np.savez(tmp_path / "source.npz", **{**rows, "rewards": given})
         status, stdout, _ = run(tmp_path / "source.npz", *flags, *asked)
@@ -628,6 +628,23 @@ def test_output(tmp_path, monkeypatch):
         where = flags.index(left_out)
         assert "--env and --quality" in refused(tmp_path, *flags[:where], *flags[where + 2 :])
     assert "give a SOURCE" in refused(tmp_path)
+    assert "a word, not a path" in refused(tmp_path, *flags[:-1], "../expert")
+    assert "give both or none" in refused(tmp_path, *flags, "--overwrite", "--random-return", -9)
+
+
+def test_unmarked_time_limits(tmp_path):
+    """D4RL files in which nothing ends are cut by --episode-length, and what is left over is left out."""
+    rows = join(play(False, [5] * 4))
+    rows["rewards"] = rows.pop("individual_rewards")
+    del rows["timeouts"]
+    np.savez(tmp_path / "source.npz", **{name: array[:-2] for name, array in rows.items()})
+    flags = [tmp_path / "source.npz", "--env", "x", "--quality", "y", "--output", tmp_path / "data.npz"]
+    assert "--episode-length" in refused(tmp_path, *flags)
+    status, stdout, _ = run(*flags, "--episode-length", 5)
+    assert status == 0 and f"--env x --dataset {tmp_path / 'data.npz'}" in stdout
+    arrays, _ = load(tmp_path / "data.npz")
+    assert np.flatnonzero(arrays["timeouts"]).tolist() == [4, 9, 14] and len(arrays["rewards"]) == 15
+    np.testing.assert_array_equal(arrays["final_observations"], rows["next_observations"][[4, 9, 14]])
 
 
 def test_interrupted(tmp_path, monkeypatch):
@@ -816,7 +833,7 @@ def test_files_that_are_none(tmp_path):
         assert findings(save(tmp_path / "a.npz", arrays, content)) == ["metadata is not the text of a JSON object"]
     empty = {name: array[:0] for name, array in arrays.items()}
     assert "there are no transitions" in findings(save(tmp_path / "a.npz", empty, json.dumps(metadata)))
-    assert "nowhere.npz does not exist" in refused(tmp_path, "--check", tmp_path / "nowhere.npz")
+    assert "nowhere.npz is not a file" in refused(tmp_path, "--check", tmp_path / "nowhere.npz")
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete", "next"])
