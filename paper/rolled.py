@@ -9,11 +9,19 @@ import runpy
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from causal_model import CausalModel
 
+genuine = CausalModel.assign
+
+
+def rolled(self: CausalModel, state: Tensor, action: Tensor, team_reward: Tensor | None = None) -> Tensor:
+    """The credit [B, N] of Eq. 6, agent i's given to agent i + 1 and the last one's to the first."""
+    return genuine(self, state, action, team_reward).roll(1, dims=1)
+
+
 if __name__ == "__main__":
-    genuine = CausalModel.assign
-    CausalModel.assign = lambda self, *given: genuine(self, *given).roll(1, dims=1)
-    runpy.run_path(str(ROOT / "macca_omar.py"), run_name="__main__")
+    CausalModel.assign = rolled
+    runpy.run_path(str(Path(__file__).resolve().parent.parent / "macca_omar.py"), run_name="__main__")
