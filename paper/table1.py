@@ -36,7 +36,7 @@ PAPER = {
     "simple_tag-random": ("12.0 ± 5.2", "20.9 ± 8.3"),
     "simple_world-random": ("6.2 ± 6.7", "15.8 ± 6.1"),
 }
-LOCAL = ["simple_tag_local-expert", "simple_world_local-expert", "simple_world_local-medium"]
+LOCAL = ["simple_tag_local-expert", "simple_world_local-expert"]
 
 
 @dataclass
