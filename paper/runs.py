@@ -150,13 +150,6 @@ for task in ("simple_spread", "simple_tag", "simple_world", "simple_tag_local", 
             },
         )
 
-# Whose own a dimension is decides what the credit can be: by default, on the local tasks, the causal model alone.
-alone = f"macca_icq.py --causal-schedule first --causal-pretrain-iterations {LENGTH} --total-iterations 1"
-TABLES["local-conventions"] = (
-    [1, 2, 3],
-    {"simple_tag_local, own-share 0.01": f"{alone} --final-episodes 1 --env mpe/simple_tag_local"},
-)
-
 # Is it credit? MACCA-OMAR's shares, each given to another agent, where MACCA gained most in Table 1.
 where = f"--env mpe/simple_world --dataset medium-replay --total-iterations {LENGTH} --eval-interval 500"
 TABLES["rolled"] = ([1, 2, 3], {"the next agent's share": f"paper/rolled.py {where}"})
