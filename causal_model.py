@@ -158,11 +158,17 @@ class CausalModel(nn.Module):
         varying = self.edge_network(parents).view(-1, *self.edge_logits.shape)
         return own + 5 * varying, varying
 
-    def _predict(self, parents: Tensor, masks: Tensor) -> Tensor:
-        """psi_r of masked parents [B, D] * [B, N + 1, D] and slot identities: standardised rewards [B, N + 1]."""
+    def _predict(self, parents: Tensor, masks: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
+        """psi_r of masked parents [B, D] * [B, N + 1, D] and slot identities: standardised rewards [B, N + 1].
+
+        And which slots count, likewise [B, N + 1]: those of the agents that are `alive`, and the common one.
+        """
         masked = parents[:, None] * masks
         identity = self.slot_id.expand(len(parents), -1, -1)
-        return self.reward_network(torch.cat([masked, identity], dim=2)).squeeze(2)
+        present = torch.ones(masked.shape[:2], device=masked.device)
+        if alive is not None:
+            present[:, :-1] = alive
+        return self.reward_network(torch.cat([masked, identity], dim=2)).squeeze(2) * present, present
 
     @torch.no_grad()
     def probabilities(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,21 +186,29 @@ class CausalModel(nn.Module):
         return (state_edges >= self.h).float(), (action_edges >= self.h).float()
 
     @torch.no_grad()
-    def assign(self, state: Tensor, action: Tensor, team_reward: Tensor | None = None) -> Tensor:
+    def assign(
+        self, state: Tensor, action: Tensor, team_reward: Tensor | None = None, alive: Tensor | None = None
+    ) -> Tensor:
         """Individual rewards (Eq. 6) for states [B, S] and actions [B, N, A]: [B, N], in the team reward's units.
 
         With the recorded team reward [B] they add up to it: what the model leaves unexplained is split evenly, as is
-        what is constant. No gradient leaves this function: a policy loss cannot change the credit.
+        what is constant. Agents that are not `alive` [B, N] get nothing, and no part of what is split (None: all are).
+        No gradient leaves this function: a policy loss cannot change the credit.
         """
         parents = self._parents(state, action)
-        slots = self._predict(parents, (torch.sigmoid(self._logits(parents)[0]) >= self.h).float())
-        total = slots.sum(1) if team_reward is None else (team_reward - self.reward_mean) / self.reward_std
-        own = (slots - self.slot_mean)[:, :-1]
-        rewards = own + ((total - own.sum(1)) / self.num_agents)[:, None]
-        return rewards * self.reward_std + self.reward_mean / self.num_agents
+        slots, present = self._predict(parents, (torch.sigmoid(self._logits(parents)[0]) >= self.h).float(), alive)
+        total = slots.sum(1) * self.reward_std + self.reward_mean if team_reward is None else team_reward
+        living = present[:, :-1]
+        own = (slots - self.slot_mean)[:, :-1] * living * self.reward_std
+        return own + living * ((total - own.sum(1)) / living.sum(1).clamp(min=1))[:, None]
 
     def loss(
-        self, state: Tensor, action: Tensor, team_reward: Tensor, individual_rewards: Tensor | None = None
+        self,
+        state: Tensor,
+        action: Tensor,
+        team_reward: Tensor,
+        individual_rewards: Tensor | None = None,
+        alive: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5).
 
@@ -202,6 +216,7 @@ class CausalModel(nn.Module):
             state, action, team_reward: [B, S], [B, N, A], [B].
             individual_rewards: [B, N] where they are known and wanted: each prediction is then fitted to its
                 reward instead of their sum to the team's (Table 5, "MACCA with ground truth").
+            alive: [B, N], whose predictions count (None: all).
 
         Returns:
             The loss, and its squared-error part alone (detached), in units of the team reward's variance.
@@ -209,6 +224,7 @@ class CausalModel(nn.Module):
         shapes = {
             "team_reward": (team_reward, [len(state)]),
             "individual_rewards": (individual_rewards, action.shape[:2]),
+            "alive": (alive, action.shape[:2]),
         }
         for name, (given, shape) in shapes.items():
             if given is not None and given.shape != (*shape,):  # torch would broadcast it to a wrong loss
@@ -222,13 +238,15 @@ class CausalModel(nn.Module):
         # gradient passes straight through, as if the gate were the soft one.
         uniform = torch.rand(len(parents), *logits.shape[1:], device=logits.device).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid(logits + torch.logit(uniform))
-        slots = self._predict(parents, (soft > 0.5).float() + soft - soft.detach())  # [B, N + 1]
+        slots, present = self._predict(parents, (soft > 0.5).float() + soft - soft.detach(), alive)  # [B, N + 1]
         if individual_rewards is None:
             error = (slots.sum(1) - (team_reward - self.reward_mean) / self.reward_std).square().mean()
-            self.slot_mean.lerp_(slots.detach().mean(0), 0.01)
+            self.slot_mean.lerp_(slots.detach().sum(0) / present.sum(0).clamp(min=1), 0.01)
         else:
-            target = (individual_rewards - self.reward_mean / self.num_agents) / self.reward_std
-            error = (slots[:, :-1] + slots[:, -1:] / self.num_agents - target).square().sum(1).mean()
+            living = present[:, :-1]
+            count = living.sum(1, keepdim=True).clamp(min=1)
+            target = (individual_rewards - self.reward_mean / count) / self.reward_std
+            error = ((slots[:, :-1] + slots[:, -1:] / count - target) * living).square().sum(1).mean()
         if self.graph == "full":
             return error, error.detach()
         # A gate is 1 with probability sigmoid(logit): this is the expected L1 norm of the drawn masks, without noise.
@@ -240,23 +258,30 @@ class CausalModel(nn.Module):
 
     @torch.no_grad()
     def report(
-        self, state: Tensor, action: Tensor, team_reward: Tensor, individual_rewards: Tensor | None = None
+        self,
+        state: Tensor,
+        action: Tensor,
+        team_reward: Tensor,
+        individual_rewards: Tensor | None = None,
+        alive: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """How dense the graph and how good the credit is: scalars, for the arguments of `loss`.
 
         `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error
         of the summed prediction over the team reward's variance. Where the individual rewards are known: errors of the
-        credit and of the even split R / N, `credit_mse`, `credit_mae`, `even_mse`, `even_mae`; `credit_skill`,
-        1 - credit_mse / even_mse (1 is perfect, 0 no better than the even split; left out where that is exact, but for
-        rounding); and `credit_rank`, Spearman's correlation, mean over agents.
+        credit and of the even split among the living, `credit_mse`, `credit_mae`, `even_mse`, `even_mae`;
+        `credit_skill`, 1 - credit_mse / even_mse (1 is perfect, 0 no better than the even split; left out where that
+        is exact, but for rounding); and `credit_rank`, Spearman's correlation, mean over agents.
         """
-        credit = self.assign(state, action, team_reward)  # [B, N]
+        credit = self.assign(state, action, team_reward, alive)  # [B, N]
         state_masks, action_masks = self.masks(state, action)
-        team_error = (self.assign(state, action).sum(1) - team_reward).square().mean()
+        team_error = (self.assign(state, action, alive=alive).sum(1) - team_reward).square().mean()
         report = {"state_density": state_masks.mean(), "action_density": action_masks.mean()}
         report["team_nmse"] = team_error / team_reward.var()
         if individual_rewards is not None:
-            error, even = credit - individual_rewards, team_reward[:, None] / self.num_agents - individual_rewards
+            living = torch.ones_like(credit) if alive is None else alive.float()
+            even = team_reward[:, None] * living / living.sum(1, keepdim=True).clamp(min=1) - individual_rewards
+            error = credit - individual_rewards
             report |= {"credit_mse": error.square().mean(), "credit_mae": error.abs().mean()}
             report |= {"even_mse": even.square().mean(), "even_mae": even.abs().mean()}
             if report["even_mse"] > 1e-9 * team_reward.square().mean():

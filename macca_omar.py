@@ -43,13 +43,13 @@ from causal_model import CausalModel, owners
 @dataclass
 class Args:
     env: str = "mpe/simple_spread"
-    """where to evaluate: `mpe/TASK` (data/mpe.py), or `package.module:factory`, a PettingZoo parallel environment"""
+    """where to evaluate: `mpe/TASK`, `smax/MAP`, `smac/MAP` (data/), or `package.module:factory`, a PettingZoo one"""
     dataset: str = "expert"
     """an .npz file, or `random`, `medium-replay`, `medium`, `expert`: data/datasets/ENV/QUALITY.npz"""
     credit: Literal["macca", "team", "uniform", "truth"] = "macca"
     """an agent's reward: the causal model's share, the team reward, its N-th part, or the one in the dataset"""
     standardize_rewards: bool = True
-    """shift and scale each agent's rewards to mean 0, deviation 1 over the minibatch before the backbone sees them"""
+    """scale each agent's rewards to deviation 1 over the minibatch, and, where no episode ends by itself, to mean 0"""
     seed: int = 1
     """seed of weights, minibatches and evaluation episodes"""
     cuda: bool = torch.cuda.is_available()
@@ -66,13 +66,15 @@ class Args:
     """width of the two hidden layers of actors and critics"""
     layer_norm: bool = True
     """normalise the hidden layers of the critics"""
+    last_action: bool = True
+    """actors and critics see the agent's last action too (discrete actions)"""
     target_rate: float = 0.01
     """share of the way that target networks move towards their networks each iteration"""
     max_grad_norm: float = 0.5
     """largest gradient norm of one agent's actor or critics"""
     eval_interval: int = 1000
     """iterations between evaluations and checkpoints"""
-    eval_episodes: int = 10
+    eval_episodes: int = 32
     """episodes of an evaluation during training"""
     final_episodes: int = 100
     """episodes of the evaluation at the end"""
@@ -195,15 +197,20 @@ def evaluate(env, actor: "Actor", episodes: int, seed: int, device: torch.device
     """
     agents, results = env.possible_agents, {"return": []}
     blank = np.zeros(env.observation_space(agents[0]).shape, np.float32)  # what an agent that has left would see
+    memory_dim = actor.mean.shape[2] - len(blank)  # of the last action, 0 if the actor does not look at it
     anything = np.ones(actor.action_dim, bool)
     for episode in range(episodes):
         observations, infos = env.reset(seed=seed + episode)
-        total, won = 0.0, None
+        total, won, memory = 0.0, None, np.zeros((len(agents), 1, memory_dim), np.float32)
         while env.agents:
             joint = np.stack([observations.get(a, blank) for a in agents])[:, None].astype(np.float32)  # [N, 1, O]
             masks = np.stack([infos.get(a, {}).get("action_mask", anything) for a in agents])[:, None].astype(bool)
-            chosen = actor.act(torch.as_tensor(joint, device=device), torch.as_tensor(masks, device=device))
-            actions = dict(zip(agents, chosen[:, 0].cpu().numpy(), strict=True))
+            joint = np.concatenate([joint, memory], axis=2)
+            chosen = (
+                actor.act(torch.as_tensor(joint, device=device), torch.as_tensor(masks, device=device)).cpu().numpy()
+            )
+            actions = dict(zip(agents, chosen[:, 0], strict=True))
+            memory = np.eye(memory_dim, dtype=np.float32)[chosen] if memory_dim else memory
             observations, rewards, _, _, infos = env.step({a: actions[a] for a in env.agents})
             total += sum(rewards.values()) / len(agents)
             won = next((info["won"] for info in infos.values() if "won" in info), won)
@@ -281,6 +288,13 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
     for key, value in references.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             fail(f"{path}: the metadata's {key} is {value}, expected a number")
+    owner, state_dim = metadata.get("state_owner", []), arrays.get("states", np.empty((1, 0))).shape[1]
+    if "state_owner" in metadata and not (
+        isinstance(owner, list) and len(owner) == state_dim and all(i in range(-1, agents) for i in owner)
+    ):
+        fail(
+            f"{path}: the metadata's state_owner must name {state_dim} agents from 0 to {agents - 1}, or -1 for nobody"
+        )
 
     # Inside an episode the next observation is the next row's, so a file may store only those after the last steps.
     ends = arrays["terminals"] | arrays["timeouts"]
@@ -291,6 +305,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
             fail(f"{path} needs next_observations, or finite final_observations, a row for each terminal or timeout")
         arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
         arrays["next_observations"][ends] = final
+    arrays["alive"] = arrays["next_alive"] = np.ones((steps, agents), bool)
     if discrete:
         arrays["actions"] = arrays["actions"].astype(np.int64)
         masks = arrays.setdefault("action_masks", np.ones((steps, agents, choices), bool))
@@ -298,7 +313,15 @@ def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], 
             fail(f"{path}: an action was taken that action_masks forbid; every action taken must be allowed")
         if "next_action_masks" not in arrays and arrays["timeouts"].any() and not masks.all():
             fail(f"{path} needs next_action_masks: after a timeout the next row's masks are another episode's")
-        arrays.setdefault("next_action_masks", np.roll(arrays["action_masks"], -1, axis=0))
+        next_masks = arrays.setdefault("next_action_masks", np.roll(masks, -1, axis=0))
+        arrays["alive"], arrays["next_alive"] = masks.sum(2) > 1, next_masks.sum(2) > 1  # the dead have one action left
+        if args.last_action:
+            taken = np.eye(choices, dtype=np.float32)[arrays["actions"]]  # [T, N, A]
+            arrays["next_observations"] = np.concatenate([arrays["next_observations"], taken], axis=2)
+            taken = np.roll(taken, 1, axis=0)
+            taken[np.roll(ends, 1)] = taken[0] = 0  # none before the first step of an episode
+            arrays["observations"] = np.concatenate([arrays["observations"], taken], axis=2)
+    expected |= {"alive": mask, "next_alive": mask}
     return {name: torch.from_numpy(arrays[name]) for name in expected if name in arrays}, metadata
 
 
@@ -333,13 +356,24 @@ def causal_inputs(batch: dict[str, torch.Tensor], action_dim: int) -> tuple[torc
 
 
 def assign_credit(batch: dict, args: Args, causal_model: CausalModel, action_dim: int) -> torch.Tensor:
-    """What each agent is said to have earned, [B, N]: Eq. 6, or one of its three controls."""
+    """What each agent is said to have earned, [B, N]: Eq. 6, or one of its three controls. The dead earn nothing."""
     if args.credit == "macca":
-        return causal_model.assign(*causal_inputs(batch, action_dim), batch["rewards"])
+        return causal_model.assign(*causal_inputs(batch, action_dim), batch["rewards"], batch["alive"])
     if args.credit == "truth":
         return batch["individual_rewards"]
-    team = batch["rewards"][:, None].expand(-1, causal_model.num_agents)
-    return team if args.credit == "team" else team / causal_model.num_agents
+    team = batch["rewards"][:, None] * batch["alive"]
+    return team if args.credit == "team" else team / batch["alive"].sum(1, keepdim=True).clamp(min=1)
+
+
+def rescale(rewards: torch.Tensor, alive: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Rewards [B, N], each agent's over its deviation, and minus its mean if `shift`; of the rows where it is alive.
+
+    A shift changes nothing where all episodes are equally long. Elsewhere it would reward or punish a long life.
+    """
+    count = alive.sum(0).clamp(min=2)
+    mean = (rewards * alive).sum(0) / count
+    std = (((rewards - mean) * alive).square().sum(0) / (count - 1)).sqrt()
+    return (rewards - mean * shift) * alive / (std + 1e-6)
 
 
 # --- Networks: one actor and two critics for every agent, as stacks of weights ----------------------------------------
@@ -423,7 +457,9 @@ class Critic(nn.Module):
 
 
 class Networks(nn.Module):
-    """Actors and critics with their target networks."""
+    """Actors and critics with their target networks. Each agent has its own weights, so none is told its number."""
+
+    shift: torch.Tensor
 
     def __init__(self, agents: int, observation_dim: int, action_dim: int, discrete: bool, args: Args):
         super().__init__()
@@ -433,9 +469,14 @@ class Networks(nn.Module):
         self.critic_target.requires_grad_(False)
         self.actor_target.load_state_dict(self.actor.state_dict())
         self.critic_target.load_state_dict(self.critic.state_dict())
+        self.register_buffer("shift", torch.tensor(True))
 
-    def fit_statistics(self, observations: torch.Tensor) -> None:
-        """Standardise inputs by mean and deviation of the dataset's observations [T, N, O], each agent's by its own."""
+    def fit_statistics(self, observations: torch.Tensor, terminals: torch.Tensor) -> None:
+        """Standardise inputs by mean and deviation of the dataset's observations [T, N, O], each agent's by its own.
+
+        From the terminals [T] follows whether `rescale` may shift rewards.
+        """
+        self.shift.copy_(~terminals.any())
         mean, std = observations.mean(0)[:, None], observations.std(0)[:, None]
         for network in (self.actor, self.actor_target, self.critic, self.critic_target):
             network.mean.copy_(mean)
@@ -508,9 +549,10 @@ def critic_loss(batch: dict, rewards: torch.Tensor, nets: Networks, args: Args) 
         q = q_all[..., 0]
         # log sum_a exp Q(o, a) as an integral, estimated by importance sampling; up to log 2 K, which has no gradient.
         soft_maximum = (q_all[..., 1:] - log_density).logsumexp(3)
-    # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')); a time limit is not the end of the world, a terminal is.
-    y = rewards.T + args.gamma * (1 - batch["terminals"].float()) * next_q.squeeze(2)  # [N, B]
-    loss = ((q - y).square() + args.alpha * (soft_maximum - q)).mean(2).sum()
+    # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')); a time limit is not the end of the world, a terminal or death is.
+    goes_on = ~batch["terminals"] & batch["next_alive"].T  # [N, B]
+    y = rewards.T + args.gamma * goes_on * next_q.squeeze(2)  # [N, B]
+    loss = (((q - y).square() + args.alpha * (soft_maximum - q)) * batch["alive"].T).mean(2).sum()
     return loss, {"critic_loss": loss.detach(), "q_data": q.detach().mean()}
 
 
@@ -554,7 +596,7 @@ def actor_loss(batch: dict, nets: Networks, args: Args) -> tuple[torch.Tensor, d
         a_hat = zeroth_order_actions(observations, policy_actions.detach(), nets.critic, args)
         distance = (policy_actions - a_hat).square().sum(2)
         data_distance = (policy_actions.detach() - actions).square().mean()
-    loss = (args.tau * distance - (1 - args.tau) * q).mean(1).sum()
+    loss = ((args.tau * distance - (1 - args.tau) * q) * batch["alive"].T).mean(1).sum()
     return loss, {"actor_loss": loss.detach(), "q_policy": q.detach().mean(), "data_distance": data_distance}
 
 
@@ -568,11 +610,12 @@ def update(
     agents, losses = causal_model.num_agents, {}
     rewards = assign_credit(batch, args, causal_model, nets.actor.action_dim)  # line 4 (Eq. 6): [B, N]
     if args.standardize_rewards:
-        rewards = (rewards - rewards.mean(0)) / (rewards.std(0) + 1e-6)
+        rewards = rescale(rewards, batch["alive"], nets.shift)
     if causal:  # line 5 (Eq. 4)
         half = {name: tensor[: (len(rewards) + 1) // 2] for name, tensor in batch.items()}  # at half the price, enough
         truth = half["individual_rewards"] if args.causal_target == "truth" else None
-        loss, team_error = causal_model.loss(*causal_inputs(half, nets.actor.action_dim), half["rewards"], truth)
+        inputs = causal_inputs(half, nets.actor.action_dim)
+        loss, team_error = causal_model.loss(*inputs, half["rewards"], truth, half["alive"])
         optimizers["causal"].zero_grad()
         loss.backward()
         optimizers["causal"].step()
@@ -605,8 +648,8 @@ def measure(
     if "won" in results:
         row["won"] = results["won"].mean()
     if args.credit == "macca" and causal_model:
-        inputs = causal_inputs(held_out, nets.actor.action_dim)
-        row |= causal_model.report(*inputs, held_out["rewards"], held_out.get("individual_rewards"))
+        inputs, truth = causal_inputs(held_out, nets.actor.action_dim), held_out.get("individual_rewards")
+        row |= causal_model.report(*inputs, held_out["rewards"], truth, held_out["alive"])
     return {name: float(value) for name, value in row.items()}
 
 
@@ -673,7 +716,7 @@ if __name__ == "__main__":
         args.dataset = str(data_path.resolve())  # so that the run can be resumed from another folder
     script, source = Path(__file__).name, provenance(data_path)
     identity = {"script": script, "dataset_sha256": source["dataset_sha256"]}
-    identity |= {"hidden_dim": args.hidden_dim, "layer_norm": args.layer_norm, "graph": args.graph}
+    identity |= {name: getattr(args, name) for name in ("hidden_dim", "layer_norm", "last_action", "graph")}
 
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
@@ -683,11 +726,11 @@ if __name__ == "__main__":
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     action_dim = int(space.n) if discrete else space.shape[0]
     nets = Networks(num_agents, observation_dim, action_dim, discrete, args).to(device)
-    nets.fit_statistics(observations)
-    # The joint state is the observations side by side, unless the dataset brings one of its own, which nobody owns.
-    states, owner = observations.flatten(1), owners(observations, args.own_share)
-    if "states" in data:
-        states, owner = data["states"], None
+    nets.fit_statistics(observations, data["terminals"])
+    # The joint state is the observations side by side, unless the dataset brings one of its own, and says whose it is.
+    states, owner = data.get("states", observations.flatten(1)), metadata.get("state_owner")
+    if "states" not in data:
+        owner = owners(observations, args.own_share)
     causal_model = CausalModel(
         num_agents, states.shape[1], action_dim, args.graph, owner, args.anchor, args.lambda1, args.lambda2, args.h
     ).to(device)

@@ -42,9 +42,11 @@ class Args:
     """Adam's learning rate"""
     hidden_dim: int = 64
     """width of the two hidden layers"""
+    last_action: bool = True
+    """actors see the agent's last action too (discrete actions)"""
     eval_interval: int = 1000
     """iterations between evaluations"""
-    eval_episodes: int = 10
+    eval_episodes: int = 32
     """episodes of an evaluation during training"""
     final_episodes: int = 100
     """episodes of the evaluation at the end"""
@@ -55,7 +57,8 @@ def cloning_loss(actor: base.Actor, batch: dict[str, torch.Tensor]) -> torch.Ten
     observations, actions = batch["observations"].transpose(0, 1), batch["actions"].transpose(0, 1)  # [N, B, ...]
     if actor.discrete:
         logits = actor(observations, batch["action_masks"].transpose(0, 1))  # [N, B, A]
-        return F.cross_entropy(logits.flatten(0, 1), actions.flatten()) * len(actions)
+        distance = F.cross_entropy(logits.flatten(0, 1), actions.flatten(), reduction="none").view_as(actions)
+        return (distance * batch["alive"].T).mean(1).sum()
     return (actor(observations) - actions).square().sum(2).mean(1).sum()
 
 
@@ -74,7 +77,7 @@ if __name__ == "__main__":
     agents, observation_dim = data["observations"].shape[1:]
     action_dim = int(space.n) if discrete else space.shape[0]
     nets = base.Networks(agents, observation_dim, action_dim, discrete, shared).to(device)
-    nets.fit_statistics(data["observations"])
+    nets.fit_statistics(data["observations"], data["terminals"])
     optimizer = torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True)
 
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

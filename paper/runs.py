@@ -154,6 +154,29 @@ for task in ("simple_spread", "simple_tag", "simple_world", "simple_tag_local", 
 where = f"--env mpe/simple_world --dataset medium-replay --total-iterations {LENGTH} --eval-interval 500"
 TABLES["rolled"] = ([1, 2, 3], {"the next agent's share": f"paper/rolled.py {where}"})
 
+# StarCraft-like battles on SMAX (paper/table2.py): first how long the runs must be, one seed.
+TABLES["pilot-smax"] = (
+    [1],
+    {
+        f"{label}, {map_name} {quality}": f"{script} --env smax/{map_name} --dataset {quality}"
+        " --total-iterations 2000 --eval-interval 250 --eval-episodes 64"
+        for map_name, quality in (("2s3z", "medium"), ("2s3z", "expert"))
+        for label, script in (("BC", "paper/bc.py"), ("OMAR", "macca_omar.py --credit uniform"))
+    },
+)
+for map_name in ("2s3z", "5m_vs_6m", "6h_vs_8z"):
+    for quality in ("expert", "medium"):
+        where = f"--env smax/{map_name} --dataset {quality} --total-iterations 1000 --eval-interval 500"
+        TABLES[f"smax-{map_name}-{quality}"] = (
+            [1, 2, 3],
+            {
+                "BC": f"paper/bc.py {where}",
+                "MACCA-CQL": f"macca_cql.py {where}",
+                "MACCA-OMAR": f"macca_omar.py {where}",
+                "MACCA-ICQ": f"macca_icq.py {where}",
+            },
+        )
+
 
 @dataclass
 class Args:
@@ -226,7 +249,7 @@ def show(name: str) -> None:
     if not labels:
         print(f"runs.py: {name} has no rows yet; run it without --show", file=sys.stderr)
         raise SystemExit(2)
-    column = "won" if any(row["won"] for row in rows) else "score" if any(row["score"] for row in rows) else "return"
+    column = "score" if any(row["score"] for row in rows) else "return"
     by_label = {label: {r["seed"]: r for r in rows if r["label"] == label} for label in labels}
     print(
         f"| | seeds | iterations | last policy | best evaluation | minus {labels[0]} (95 % interval) | credit skill |"

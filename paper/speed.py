@@ -2,6 +2,7 @@
 
     python paper/speed.py --script macca_omar --threads 1
     python paper/speed.py --transitions 1000000        # a made-up dataset of Cooperative Navigation's sizes
+    python paper/speed.py --env smax/2s3z              # at StarCraft's sizes, on the expert dataset (needs jaxmarl)
     python paper/speed.py --physics                    # data/mpe.py's many worlds at once against mpe2's environments
 
 Times start after a burn-in; figures compared with each other are measured in turn, in the same process.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import gymnasium
 import numpy as np
 import torch
 import tyro
@@ -33,8 +35,10 @@ from data import mpe
 class Args:
     script: Literal["macca_omar", "macca_cql", "macca_icq"] = "macca_omar"
     """whose update to time"""
+    env: str = "mpe/simple_spread"
+    """the environment, for its sizes"""
     dataset: str = "expert"
-    """the dataset of mpe/simple_spread to draw from"""
+    """its dataset to draw from"""
     transitions: int = 0
     """instead of --dataset, write and load a random dataset with this many transitions"""
     batch_size: int = 256
@@ -49,23 +53,28 @@ class Args:
     """measure joint steps of the particle tasks instead, observations and rewards included"""
 
 
-def made_up(path: Path, steps: int) -> None:
-    """A dataset of Cooperative Navigation's shapes and episode length, filled with noise."""
-    noise = np.random.default_rng(0)
-    individual = noise.standard_normal((steps, 3), dtype=np.float32)
+def made_up(path: Path, steps: int, args: Args, env) -> None:
+    """A dataset of the environment's shapes, filled with noise, episodes of 25; with joint states where discrete."""
+    noise, agents = np.random.default_rng(0), len(env.possible_agents)
+    space, seen = env.action_space(env.possible_agents[0]), env.observation_space(env.possible_agents[0]).shape
+    individual = noise.standard_normal((steps, agents), dtype=np.float32)
     timeouts = np.arange(1, steps + 1) % 25 == 0
     timeouts[-1] = True
-    np.savez(
-        path,
-        observations=noise.standard_normal((steps, 3, 18), dtype=np.float32),
-        final_observations=noise.standard_normal((int(timeouts.sum()), 3, 18), dtype=np.float32),
-        actions=noise.uniform(-1, 1, (steps, 3, 2)).astype(np.float32),
-        rewards=individual.sum(1),
-        individual_rewards=individual,
-        terminals=np.zeros(steps, bool),
-        timeouts=timeouts,
-        metadata=json.dumps({"env": "mpe/simple_spread"}),
-    )
+    arrays = {
+        "observations": noise.standard_normal((steps, agents, *seen), dtype=np.float32),
+        "final_observations": noise.standard_normal((int(timeouts.sum()), agents, *seen), dtype=np.float32),
+        "rewards": individual.sum(1),
+        "individual_rewards": individual,
+        "terminals": np.zeros(steps, bool),
+        "timeouts": timeouts,
+        "metadata": json.dumps({"env": args.env}),
+    }
+    if isinstance(space, gymnasium.spaces.Discrete):
+        arrays["actions"] = noise.integers(space.n, size=(steps, agents))
+        arrays["states"] = noise.standard_normal((steps, *env.state_space.shape), dtype=np.float32)
+    else:
+        arrays["actions"] = noise.uniform(-1, 1, (steps, agents, *space.shape)).astype(np.float32)
+    np.savez(path, **arrays)
 
 
 def milliseconds(functions: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, float]:
@@ -119,22 +128,30 @@ if __name__ == "__main__":
         physics(args.rounds)
         raise SystemExit
     base = importlib.import_module(args.script)
-    settings = {c: base.Args(dataset=args.dataset, credit=c, batch_size=args.batch_size) for c in ("team", "macca")}
-    env = base.make_env("mpe/simple_spread")
+    settings = {
+        c: base.Args(env=args.env, dataset=args.dataset, credit=c, batch_size=args.batch_size)
+        for c in ("team", "macca")
+    }
+    env = base.make_env(args.env)
     with tempfile.TemporaryDirectory() as folder:
         path = base.dataset_path(settings["team"])
         if args.transitions:
             path = Path(folder) / "made-up.npz"
-            made_up(path, args.transitions)
-        data, _ = base.load_dataset(path, settings["team"], env)
+            made_up(path, args.transitions, args, env)
+        data, metadata = base.load_dataset(path, settings["team"], env)
     device = torch.device("cuda" if args.cuda else "cpu")
     data = {name: tensor.to(device) for name, tensor in base.hold_out(data)[0].items()}
-    agents, observation_dim = data["observations"].shape[1:]
-    nets = base.Networks(agents, observation_dim, 2, False, settings["team"]).to(device)
-    nets.fit_statistics(data["observations"])
-    owner = owners(data["observations"])
-    causal_model = CausalModel(agents, agents * observation_dim, 2, state_owner=owner).to(device)
-    causal_model.fit_statistics(data["observations"].flatten(1), data["rewards"])
+    observations, space = data["observations"], env.action_space(env.possible_agents[0])
+    agents, observation_dim = observations.shape[1:]
+    discrete = isinstance(space, gymnasium.spaces.Discrete)
+    action_dim = int(space.n) if discrete else space.shape[0]
+    nets = base.Networks(agents, observation_dim, action_dim, discrete, settings["team"]).to(device)
+    nets.fit_statistics(observations, data["terminals"])
+    states, owner = data.get("states", observations.flatten(1)), metadata.get("state_owner")
+    if "states" not in data:
+        owner = owners(observations)
+    causal_model = CausalModel(agents, states.shape[1], action_dim, state_owner=owner).to(device)
+    causal_model.fit_statistics(states, data["rewards"])
     optimizers = {
         "causal": torch.optim.Adam(causal_model.parameter_groups(), fused=True),
         "critic": torch.optim.Adam(nets.critic.parameters(), lr=1e-3, fused=True),
@@ -152,7 +169,7 @@ if __name__ == "__main__":
     }
     ms = milliseconds(functions, args.rounds, args.cuda)
     name = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} thread(s)"
-    print(f"{args.script}, batch {args.batch_size}, {name}, torch {torch.__version__}")
+    print(f"{args.env}, {args.script}, batch {args.batch_size}, {name}, torch {torch.__version__}")
     print(f"sampling a minibatch: {ms['sampling']:.2f} ms")
     for credit in ("team", "macca"):
         rate = 1000 / (ms[credit] + ms["sampling"])
