@@ -1,6 +1,6 @@
 """The cards of data/README.md, from the dataset files themselves, and two pictures beside it.
 
-    python paper/datasets.py        # after python data/collect.py --all
+    python paper/datasets.py        # after data/collect.py --all and, for the battles, data/collect_smax.py --all
 
 Prints one row per dataset and the files' checksums (`sha256sum -c` reads them); draws data/returns.png, how the episode
 returns of every dataset are distributed, and data/training.png, the trainings that the policies come from.
@@ -46,6 +46,26 @@ def card(path: Path) -> tuple[str, np.ndarray, dict]:
     policy = metadata["policy"]
     learned = f"{policy['training_episodes']:,}" if policy else "none"
     return "| " + " | ".join([*cells, learned, f"{metadata['noise']:g}"]) + " |", returns, metadata
+
+
+def battle_card(path: Path) -> str:
+    """A Markdown row for a dataset of battles."""
+    with np.load(path, allow_pickle=False) as file:
+        rewards, own, masks = (file[key] for key in ("rewards", "individual_rewards", "action_masks"))
+        metadata = json.loads(str(file["metadata"]))
+    alive = masks.sum(axis=2) > 1  # [T, N]
+    even = np.square(own - rewards[:, None] * alive / alive.sum(axis=1, keepdims=True).clip(1)).mean()
+    team = [own.shape[1] * metadata[f"episode_return_{name}"] for name in ("mean", "std")]
+    cells = [f"{metadata['env']} {metadata['quality']}", f"{len(own):,}", f"{metadata['episodes']:,}"]
+    cells += [f"{metadata['win_rate']:.1%}", f"{team[0]:.1f}, {team[1]:.1f}", f"{1 - alive.mean():.1%}", f"{even:.4f}"]
+    return (
+        "| " + " | ".join([*cells, f"{metadata['policy']['training_transitions']:,}", f"{metadata['noise']:g}"]) + " |"
+    )
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(ROOT)}"
 
 
 def draw_returns(returns: dict[str, dict[str, np.ndarray]], references: dict[str, dict]) -> None:
@@ -104,9 +124,17 @@ if __name__ == "__main__":
             continue
         row, returns.setdefault(env, {})[quality], references[env] = card(path)
         tqdm.write(row)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        checksums.append(f"{digest}  {path.relative_to(ROOT)}")
+        checksums.append(checksum(path))
+    if battles := sorted((ROOT / "data" / "datasets" / "smax").glob("*/*.npz")):
+        print("\n| dataset | transitions | battles | won | team return: mean, deviation | ", end="")
+        print(
+            "agents dead | squared error of the even split | training steps of the policy | noise |\n"
+            + "|---" * 9
+            + "|"
+        )
+    for path in battles:
+        print(battle_card(path))
+        checksums.append(checksum(path))
     print("\n" + "\n".join(checksums))
     draw_returns(returns, references)
     draw_training()

@@ -17,9 +17,15 @@ from causal_model import CausalModel
 genuine = CausalModel.assign
 
 
-def rolled(self: CausalModel, state: Tensor, action: Tensor, team_reward: Tensor | None = None) -> Tensor:
+def rolled(
+    self: CausalModel,
+    state: Tensor,
+    action: Tensor,
+    team_reward: Tensor | None = None,
+    alive: Tensor | None = None,
+) -> Tensor:
     """The credit [B, N] of Eq. 6, agent i's given to agent i + 1 and the last one's to the first."""
-    return genuine(self, state, action, team_reward).roll(1, dims=1)
+    return genuine(self, state, action, team_reward, alive).roll(1, dims=1)
 
 
 if __name__ == "__main__":

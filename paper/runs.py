@@ -164,16 +164,31 @@ TABLES["pilot-smax"] = (
         for label, script in (("BC", "paper/bc.py"), ("OMAR", "macca_omar.py --credit uniform"))
     },
 )
+# Then alpha and beta, where the defaults stayed below cloning, on a seed that the tables do not use.
+where = "--env smax/5m_vs_6m --dataset expert --total-iterations 1000 --eval-interval 1000"
+TABLES["pilot-smax-settings"] = (
+    [4],
+    {
+        "ICQ, beta 0.3": f"macca_icq.py {where} --credit uniform",
+        "ICQ, beta 1": f"macca_icq.py {where} --credit uniform --beta 1",
+        "ICQ, beta 3": f"macca_icq.py {where} --credit uniform --beta 3",
+        "OMAR, alpha 1": f"macca_omar.py {where} --credit uniform",
+        "OMAR, alpha 5": f"macca_omar.py {where} --credit uniform --alpha 5",
+    },
+)
 for map_name in ("2s3z", "5m_vs_6m", "6h_vs_8z"):
     for quality in ("expert", "medium"):
         where = f"--env smax/{map_name} --dataset {quality} --total-iterations 1000 --eval-interval 500"
+        alpha = " --alpha 5" if quality == "expert" else ""  # the paper's for expert data
         TABLES[f"smax-{map_name}-{quality}"] = (
             [1, 2, 3],
             {
                 "BC": f"paper/bc.py {where}",
-                "MACCA-CQL": f"macca_cql.py {where}",
-                "MACCA-OMAR": f"macca_omar.py {where}",
+                "MACCA-CQL": f"macca_cql.py {where}{alpha}",
+                "MACCA-OMAR": f"macca_omar.py {where}{alpha}",
                 "MACCA-ICQ": f"macca_icq.py {where}",
+                "ICQ, team": f"macca_icq.py {where} --credit team --no-standardize-rewards",
+                "ICQ, uniform": f"macca_icq.py {where} --credit uniform",
             },
         )
 
