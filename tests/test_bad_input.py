@@ -105,6 +105,32 @@ CONTINUOUS = {
         {"rewards": toy.record(toy.Matching(), T)["individual_rewards"].mean(1)},
         ["rewards are not the sum of individual_rewards"],
     ),
+    "owners of too few dimensions": (
+        {"states": np.zeros((T, 3), np.float32), "metadata": {"state_owner": [0, 1]}},
+        ["state_owner", "3 agents from 0 to 1"],
+    ),
+    "owners of too many dimensions": (
+        {"states": np.zeros((T, 3), np.float32), "metadata": {"state_owner": [0, 1, -1, -1]}},
+        ["state_owner", "3 agents from 0 to 1"],
+    ),
+    "an owner beyond the agents": (
+        {"states": np.zeros((T, 3), np.float32), "metadata": {"state_owner": [0, 2, -1]}},
+        ["state_owner", "0 to 1"],
+    ),
+    "an owner below nobody": (
+        {"states": np.zeros((T, 3), np.float32), "metadata": {"state_owner": [0, -2, 1]}},
+        ["state_owner", "0 to 1"],
+    ),
+    "an owner's name": (
+        {"states": np.zeros((T, 3), np.float32), "metadata": {"state_owner": [0, "agent_1", -1]}},
+        ["state_owner", "0 to 1"],
+    ),
+    "owners that are no list": (
+        {"states": np.zeros((T, 3), np.float32), "metadata": {"state_owner": {"0": 0, "1": 1, "2": -1}}},
+        ["state_owner"],
+    ),
+    "a number for owners": ({"states": np.zeros((T, 1), np.float32), "metadata": {"state_owner": 0}}, ["state_owner"]),
+    "owners without states": ({"metadata": {"state_owner": [0, 0, 1, 1]}}, ["state_owner"]),
     "a word for a reference": ({"metadata": {"random_return": "abc"}}, ["random_return", "abc"]),
     "actions out of range": ({"actions": changed("actions", 7, 1.5)}, ["actions", "1.5", "-1 to 1"]),
     "another environment": ({"metadata": {"env": "mpe/simple_spread"}}, ["mpe/simple_spread", "toy:matching"]),
@@ -279,6 +305,7 @@ def test_checkpoints_that_do_not_belong(finished, tmp_path, monkeypatch):
     assert str(good) in sentence("--checkpoint", good, "--dataset", other)
     assert "hidden_dim" in sentence("--checkpoint", good, "--hidden-dim", 9)
     assert "layer_norm" in sentence("--checkpoint", good, "--no-layer-norm")
+    assert "last_action" in sentence("--checkpoint", good, "--no-last-action")
     assert "policy.pt" in sentence("--checkpoint", run / "policy.pt")
     (tmp_path / "garbage.pt").write_bytes(b"garbage")
     (tmp_path / "empty.pt").write_bytes(b"")

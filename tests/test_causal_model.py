@@ -31,6 +31,14 @@ def make_batch():
     return 3 + 2 * torch.randn(B, S), torch.rand(B, N, A) * 2 - 1, 40 + 10 * torch.randn(B)
 
 
+def make_alive(dead):
+    """Who is alive, [B, N]: all, or nobody in one row, one agent in another, two in two more."""
+    alive = torch.ones(B, N, dtype=torch.bool)
+    if dead:
+        alive[[1, 1, 1, 2, 2, 4, 5], [0, 1, 2, 0, 2, 1, 2]] = False
+    return alive
+
+
 def numpy_weights(network):
     """[(weight [out, in], bias [out])] of the linear layers of an nn.Sequential."""
     layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
@@ -86,29 +94,31 @@ def slow_probabilities(model, state, action):
     return probabilities
 
 
-def slow_slots(model, state, action, masks):
-    """psi_r of the masked parents (Eq. 2), slot by slot: standardised rewards [B, N + 1]."""
+def slow_slots(model, state, action, masks, alive):
+    """psi_r of the masked parents (Eq. 2), slot by slot: standardised rewards [B, N + 1], 0 for the dead."""
     rewards = np.zeros((len(state), M))
     for b in range(len(state)):
         parents = slow_parents(model, state, action, b)
-        for i in range(M):
+        for i in [*np.flatnonzero(alive[b]), N]:
             identity = [1.0 if j == i else 0.0 for j in range(M)]
             x = np.concatenate([masks[b, i] * parents, identity])
             rewards[b, i] = perceptron(numpy_weights(model.reward_network), x)[0]
     return rewards
 
 
-def slow_credit(model, state, action, team=None):
-    """Eq. 6: what an agent's slot says beyond its mean is the agent's; whatever else there is, all share evenly."""
+def slow_credit(model, state, action, team=None, alive=None):
+    """Eq. 6: what an agent's slot says beyond its mean is the agent's; whatever else there is, the living share."""
     edges, _ = slow_edges(model, state, action)
-    slots = slow_slots(model, state, action, (edges >= model.h).astype(float))
+    alive = np.ones((len(state), N), bool) if alive is None else alive.numpy()
+    slots = slow_slots(model, state, action, (edges >= model.h).astype(float), alive)
     usual, mean, std = model.slot_mean.double().numpy(), float(model.reward_mean), float(model.reward_std)
     credit = np.zeros((len(state), N))
     for b in range(len(state)):
         whole = slots[b].sum() * std + mean if team is None else float(team[b])
-        owned = [(slots[b, i] - usual[i]) * std for i in range(N)]
-        for i in range(N):
-            credit[b, i] = owned[i] + (whole - sum(owned)) / N
+        living = np.flatnonzero(alive[b])
+        owned = {i: (slots[b, i] - usual[i]) * std for i in living}
+        for i in living:
+            credit[b, i] = owned[i] + (whole - sum(owned.values())) / len(living)
     return credit
 
 
@@ -182,6 +192,36 @@ def test_assignment(graph, h, recorded):
 
 
 @pytest.mark.parametrize("graph", ["dynamic", "fixed", "full"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_assignment_among_the_living(graph, recorded):
+    """Wrong if the dead earned something, were counted in the even split, or took a part of the team reward away."""
+    model, (state, action, team), alive = make(graph), make_batch(), make_alive(True)
+    given = team if recorded else None
+    credit = model.assign(state, action, given, alive)
+    np.testing.assert_allclose(credit.numpy(), slow_credit(model, state, action, given, alive), rtol=1e-4, atol=1e-3)
+    assert (credit[~alive] == 0).all() and (credit[alive] != 0).all()
+    if recorded:
+        somebody = alive.any(1)
+        torch.testing.assert_close(credit.sum(1)[somebody], team[somebody])
+    torch.testing.assert_close(model.assign(state, action, given, alive.float()), credit)
+
+
+@pytest.mark.parametrize("graph", ["dynamic", "full"])
+def test_all_alive_is_the_default(graph):
+    """None and all ones are the same numbers to the last bit, in credit, loss, statistics and report."""
+    found, (state, action, team), truth = [], make_batch(), torch.randn(B, N)
+    for alive in (None, torch.ones(B, N, dtype=torch.bool)):
+        model = make(graph)
+        numbers = [model.assign(state, action, team, alive), model.assign(state, action, alive=alive)]
+        for individual in (None, truth):
+            torch.manual_seed(4)
+            numbers += [*model.loss(state, action, team, individual, alive), *model.state_dict().values()]
+            numbers += model.report(state, action, team, individual, alive).values()
+        found.append(numbers)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("graph", ["dynamic", "fixed", "full"])
 def test_credit_adds_up_to_the_recorded_team_reward(graph):
     """Whatever the model predicts: what it does not explain is not lost, but split evenly."""
     model, (state, action, team) = make(graph), make_batch()
@@ -209,24 +249,27 @@ def test_what_is_constant_is_split_evenly():
 
 @pytest.mark.parametrize("graph", ["dynamic", "fixed", "full"])
 @pytest.mark.parametrize("individual", [False, True])
-def test_loss(graph, individual):
+@pytest.mark.parametrize("dead", [False, True])
+def test_loss(graph, individual, dead):
     """Eq. 4 and 5 with the gates that were drawn: wrong for any other error, price, owner or sum in the L1 term."""
     lambda1, lambda2, anchor = 0.03, 0.2, 4.0
     model, (state, action, team) = make(graph, lambda1=lambda1, lambda2=lambda2, anchor=anchor), make_batch()
     truth = torch.randn(B, N) * 10 + 13 if individual else None
     usual, unexplained = model.slot_mean.double().numpy().copy(), float(model.unexplained)
-    (loss, error), given = gates_of(model, lambda: model.loss(state, action, team, truth))
+    alive = make_alive(dead)
+    (loss, error), given = gates_of(model, lambda: model.loss(state, action, team, truth, alive if dead else None))
 
-    slots = slow_slots(model, state, action, drawn_gates(model, given, state, action))
+    slots = slow_slots(model, state, action, drawn_gates(model, given, state, action), alive)
     mean, std = float(model.reward_mean), float(model.reward_std)
     expected_error = 0.0
     for b in range(B):
         if truth is None:
             expected_error += (slots[b].sum() - (float(team[b]) - mean) / std) ** 2 / B
         else:
-            for i in range(N):
-                prediction = slots[b, i] + slots[b, N] / N
-                expected_error += (prediction - (float(truth[b, i]) - mean / N) / std) ** 2 / B
+            living = np.flatnonzero(alive[b])
+            for i in living:
+                prediction = slots[b, i] + slots[b, N] / len(living)
+                expected_error += (prediction - (float(truth[b, i]) - mean / len(living)) / std) ** 2 / B
     penalty, prices = 0.0, slow_prices(lambda1, lambda2, anchor)
     edges, varying = slow_edges(model, state, action)
     for b in range(B):
@@ -242,7 +285,9 @@ def test_loss(graph, individual):
     np.testing.assert_allclose(loss.item(), expected_error + (1 - unexplained) * penalty, rtol=1e-4)
     np.testing.assert_allclose(model.unexplained.item(), unexplained, rtol=1e-5)
     if not individual:  # where each prediction has a target of its own, its constant is the agent's
-        usual += (slots.mean(0) - usual) / 100
+        for i in range(M):  # the usual prediction for an agent is that for its life
+            there = alive[:, i].numpy() if i < N else np.ones(B, bool)
+            usual[i] += (slots[there, i].mean() - usual[i]) / 100
     np.testing.assert_allclose(model.slot_mean.numpy(), usual, rtol=1e-4, atol=1e-5)
     assert not error.requires_grad
 
@@ -396,20 +441,26 @@ def slow_ranks(values):
 
 
 @pytest.mark.parametrize("graph", ["dynamic", "full"])
-def test_report(graph):
+@pytest.mark.parametrize("dead", [False, True])
+def test_report(graph, dead):
     """Every number by hand; without the individual rewards none that needs them."""
     model = make(graph, h=0.5)
     torch.manual_seed(3)
     state, action, truth = 3 + 2 * torch.randn(40, S), torch.rand(40, N, A) * 2 - 1, 13 + 5 * torch.randn(40, N)
     truth += 0.5 * model.assign(state, action)  # so that the ranks have something in common
+    alive = torch.ones(40, N, dtype=torch.bool)
+    if dead:  # each agent in one row: their credit, 0 in all such rows, would else be tied
+        alive[[3, 3, 8], [0, 1, 2]] = False
+    truth *= alive
     team = truth.sum(1) + torch.randn(40)
-    report = {name: float(value) for name, value in model.report(state, action, team, truth).items()}
+    given = alive if dead else None
+    report = {name: float(value) for name, value in model.report(state, action, team, truth, given).items()}
 
-    credit = slow_credit(model, state, action, team)
-    predicted = slow_credit(model, state, action).sum(1)
+    credit = slow_credit(model, state, action, team, alive)
+    predicted = slow_credit(model, state, action, alive=alive).sum(1)
     masks = slow_probabilities(model, state, action) >= 0.5
     individual, recorded = truth.double().numpy(), team.double().numpy()
-    even = np.repeat(recorded[:, None] / N, N, axis=1)
+    even = np.array([[alive[b, i].item() * recorded[b] / alive[b].sum().item() for i in range(N)] for b in range(40)])
     correlations = []
     for i in range(N):
         one, other = slow_ranks(credit[:, i]), slow_ranks(individual[:, i])
@@ -588,5 +639,7 @@ def test_refuses_what_torch_would_broadcast():
         model.loss(state, action, torch.randn(8, 1))
     with pytest.raises(ValueError, match="individual_rewards"):
         model.loss(state, action, torch.randn(8), torch.randn(8, 1))
+    with pytest.raises(ValueError, match="alive"):
+        model.loss(state, action, torch.randn(8), alive=torch.ones(8, 1))
     with pytest.raises(ValueError, match="graph"):
         CausalModel(2, 4, 1, graph="dynamc")  # type: ignore[arg-type]

@@ -1,10 +1,15 @@
 """Networks, losses and steps of the three scripts against slow NumPy loops that say the equations once more."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "paper"))
+import bc
 
 import macca_cql
 import macca_icq
@@ -29,11 +34,12 @@ def make_nets(script, discrete, layer_norm=True):
     with torch.no_grad():
         for parameter in nets.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.6)
-    nets.fit_statistics(2 + 3 * torch.randn(100, N, OBS))
+    nets.fit_statistics(2 + 3 * torch.randn(100, N, OBS), torch.zeros(100, dtype=torch.bool))
     return nets
 
 
 def make_batch(discrete, batch=B):
+    """Some agents are dead in some rows, or die there; what they see and do then is as random as anything else."""
     torch.manual_seed(1)
     rows = {
         "observations": 2 + 3 * torch.randn(batch, N, OBS),
@@ -45,7 +51,11 @@ def make_batch(discrete, batch=B):
         "terminals": torch.arange(batch) % 3 == 1,  # rows 1 and 4
         "timeouts": torch.arange(batch) % 3 == 2,  # rows 2 and 5: these bootstrap
         "has_next_action": torch.arange(batch) % 3 == 0,  # neither after a terminal nor after a timeout
+        "alive": torch.ones(batch, N, dtype=torch.bool),
     }
+    rows["alive"][[1, 2, 3, 5], [2, 2, 0, 1]] = False
+    rows["next_alive"] = rows["alive"].clone()
+    rows["next_alive"][[0, 2, 3], [2, 1, 1]] = False  # dies in this step
     if discrete:
         rows["action_masks"], rows["next_action_masks"] = torch.rand(2, batch, N, CHOICES) < 0.5
         rows["actions"] = torch.randint(CHOICES, (batch, N))
@@ -146,21 +156,26 @@ def test_input_statistics(script):
     nets = script.Networks(N, OBS, A, False, make_args(script))
     data = torch.randn(200, N, OBS) * (1 + torch.arange(N)[:, None]) + 10 * torch.arange(N)[:, None]
     data[:, :, 2] = 7.0
-    nets.fit_statistics(data)
+    terminals = torch.zeros(len(data), dtype=torch.bool)
+    nets.fit_statistics(data, terminals)
+    assert nets.shift  # all episodes end by time limit: a constant in every reward decides nothing
     for network in (nets.actor, nets.actor_target, nets.critic, nets.critic_target):
         for i in range(N):
             close(network.mean[i, 0], data[:, i].numpy().mean(0), rtol=1e-4)
             close(network.std[i, 0, :2], data[:, i, :2].numpy().std(0, ddof=1), rtol=1e-4)
             assert network.std[i, 0, 2] == 1
+    terminals[7] = True
+    nets.fit_statistics(data, terminals)
+    assert not nets.shift and not nets.state_dict()["shift"]  # and a resumed run knows
 
 
 # ---- critics ----
 
 
 def slow_target(nets, batch, rewards, gamma, b, i):
-    """y = r + gamma min over twins of the target critics at the target actor's action; a terminal row has no future."""
+    """y = r + gamma min over twins of the target critics at the target actor's action; y = r after an end or death."""
     following, discrete = batch["next_observations"][b, i], nets.actor.discrete
-    if batch["terminals"][b]:
+    if batch["terminals"][b] or not batch["next_alive"][b, i]:
         return float(rewards[b, i])
     if discrete:
         action = slow_pi(nets.actor_target, i, following, batch["next_action_masks"][b, i].numpy()).argmax()
@@ -201,7 +216,7 @@ def test_conservative_critic_loss(script, discrete):
                         for k in range(candidates.shape[2])
                     ]
                     soft = log_sum_exp(np.array(terms))
-                expected += ((q - y) ** 2 + args.alpha * (soft - q)) / B
+                expected += batch["alive"][b, i].item() * ((q - y) ** 2 + args.alpha * (soft - q)) / B
                 q_data.append(q)
     close(loss, expected)
     close(logs["q_data"], np.mean(q_data))
@@ -209,8 +224,8 @@ def test_conservative_critic_loss(script, discrete):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("discrete", [False, True])
-def test_only_terminals_stop_the_bootstrap(script, discrete):
-    """What follows a terminal row must not matter, what follows a time limit must, and no gradient goes into y."""
+def test_only_terminals_and_death_stop_the_bootstrap(script, discrete):
+    """What follows these must not matter, what follows a time limit must, and no gradient goes into y."""
     args = make_args(script)
     nets, batch = make_nets(script, discrete), make_batch(discrete)
     batch["has_next_action"] = ~batch["terminals"]  # so that ICQ uses every row
@@ -220,9 +235,11 @@ def test_only_terminals_stop_the_bootstrap(script, discrete):
         return script.critic_loss(batch, batch["individual_rewards"], nets, args)[0].item()
 
     for row in range(B):
-        other = dict(batch, next_observations=batch["next_observations"].clone())
-        other["next_observations"][row] += 1.0
-        assert (loss_of(other) == loss_of(batch)) == bool(batch["terminals"][row])
+        for agent in range(N):
+            other = dict(batch, next_observations=batch["next_observations"].clone())
+            other["next_observations"][row, agent] += 1.0
+            over = batch["terminals"][row] or not batch["next_alive"][row, agent]
+            assert (loss_of(other) == loss_of(batch)) == bool(over)
     for parameter in (*nets.actor_target.parameters(), *nets.critic_target.parameters()):
         parameter.requires_grad_(True)
     loss, _ = script.critic_loss(batch, batch["individual_rewards"], nets, args)
@@ -278,6 +295,8 @@ def test_soft_maximum_is_the_integral(script):
         "next_observations": observations.transpose(0, 1),
         "actions": torch.zeros(3, 1, 2),
         "terminals": torch.ones(3, dtype=torch.bool),
+        "alive": torch.ones(3, 1, dtype=torch.bool),
+        "next_alive": torch.ones(3, 1, dtype=torch.bool),
     }
     args = make_args(script, alpha=1.0, cql_samples=samples)
     rewards = torch.full((3, 1), -3.0)  # y = r = Q at the data's action 0: the squared error vanishes
@@ -317,7 +336,7 @@ def test_expectile_critic_loss(discrete):
         if not (batch["terminals"][b] or batch["has_next_action"][b]):
             continue
         used += 1
-        for i in range(N):
+        for i in np.flatnonzero(batch["alive"][b]):
             now, following = batch["observations"][b, i], batch["next_observations"][b, i]
             action, next_action = batch["actions"][b, i], batch["next_actions"][b, i]
             twins, next_twins = [], []
@@ -328,7 +347,8 @@ def test_expectile_critic_loss(discrete):
                 else:
                     twins.append(slow_q(nets.critic, twin, i, now, action))
                     next_twins.append(slow_q(nets.critic_target, twin, i, following, next_action))
-            y = float(rewards[b, i]) + (0.0 if batch["terminals"][b] else args.gamma * min(next_twins))
+            over = batch["terminals"][b] or not batch["next_alive"][b, i]
+            y = float(rewards[b, i]) + (0.0 if over else args.gamma * min(next_twins))
             for q in twins:
                 expected += (args.expectile if y > q else 1 - args.expectile) * (y - q) ** 2
     assert used == 4
@@ -394,7 +414,10 @@ def test_zeroth_order_actions_find_a_known_maximum():
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("discrete", [False, True])
 def test_actor_loss(script, discrete):
-    """CQL: -Q. OMAR, Eq. 8: tau distance - (1 - tau) Q. ICQ: distance to the data times softmax(advantage / beta)."""
+    """CQL: -Q (discrete: the distance to the best action). OMAR, Eq. 8: tau distance - (1 - tau) Q.
+
+    ICQ: distance to the data times softmax(advantage / beta).
+    """
     args = make_args(script, tau=0.6, beta=0.5, omar_rounds=2, omar_samples=5)
     nets, batch = make_nets(script, discrete), make_batch(discrete)
     observations = batch["observations"].transpose(0, 1)
@@ -429,14 +452,15 @@ def test_actor_loss(script, discrete):
             terms.append((q_policy, advantage, distance))
         q, advantages, distance = np.array(terms).T  # [B] each
         q_policies.append(q)
+        q, advantages, distance = (x[batch["alive"][:, i].numpy()] for x in (q, advantages, distance))  # the living
         if script is macca_cql:
-            expected += -q.mean()
+            expected += (distance if discrete else -q).sum() / B
         elif script is macca_omar:
-            expected += (0.6 * distance - 0.4 * q).mean()
+            expected += (0.6 * distance - 0.4 * q).sum() / B
         else:
-            weights = softmax(advantages / 0.5) * B
+            weights = softmax(advantages / 0.5) * len(q)
             assert abs(weights.mean() - 1) < 1e-9
-            expected += (weights * distance).mean()
+            expected += (weights * distance).sum() / B
     close(loss, expected, rtol=1e-3)
     close(logs["q_policy"], np.mean(q_policies), rtol=1e-3)
     close(logs["data_distance"], np.mean(distances), rtol=1e-3)
@@ -454,9 +478,10 @@ def test_icq_weights_carry_no_gradient(discrete):
     observations, actions = batch["observations"].transpose(0, 1), batch["actions"].transpose(0, 1)
     if discrete:
         logits = nets.actor(observations, batch["action_masks"].transpose(0, 1))
-        cloning = -logits.log_softmax(2).gather(2, actions[..., None]).squeeze(2).mean(1).sum()
+        cloning = -logits.log_softmax(2).gather(2, actions[..., None]).squeeze(2)
     else:
-        cloning = (nets.actor(observations) - actions).square().sum(2).mean(1).sum()
+        cloning = (nets.actor(observations) - actions).square().sum(2)
+    cloning = (cloning * batch["alive"].T).mean(1).sum()
     torch.testing.assert_close(plain, cloning, rtol=1e-4, atol=1e-4)
     parameters = list(nets.actor.parameters())
     for ours, theirs in zip(
@@ -482,6 +507,80 @@ def test_actors_never_prefer_what_is_not_allowed():
             gradients[-1] += (loss.detach(), torch.autograd.grad(critic, nets.critic.layer3.bias)[0][:, :, 1:])
         for before, after in zip(*gradients, strict=True):
             torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_cloning_loss(discrete):
+    """Behaviour cloning: squared distance to the data's action or minus its log-probability; the dead do not count."""
+    nets, batch = make_nets(macca_omar, discrete), make_batch(discrete)
+    batch["alive"] |= not discrete  # vectors of actions have no mask that could tell of a death
+    expected = 0.0
+    for b in range(B):
+        for i in np.flatnonzero(batch["alive"][b]):
+            now, action = batch["observations"][b, i], batch["actions"][b, i]
+            if discrete:
+                probabilities = softmax(slow_pi(nets.actor, i, now, batch["action_masks"][b, i].numpy()))
+                expected += -np.log(probabilities[action]) / B
+            else:
+                expected += np.square(slow_pi(nets.actor, i, now) - array(action)).sum() / B
+    close(bc.cloning_loss(nets.actor, batch), expected)
+
+
+# ---- the dead ----
+
+
+def both_losses(script, batch, rewards, nets):
+    """Critic's and actor's loss with the gradient of each: always with the same random numbers."""
+    torch.manual_seed(3)
+    args, found = make_args(script), []
+    critic, actor = script.critic_loss(batch, rewards, nets, args)[0], script.actor_loss(batch, nets, args)[0]
+    for loss, network in ((critic, nets.critic), (actor, nets.actor)):
+        found += [loss.detach(), *torch.autograd.grad(loss, list(network.parameters()))]
+    return found
+
+
+def altered(batch, rewards, where):
+    """The batch and rewards with everything that was seen, done, allowed and earned changed `where` [B, N]."""
+    batch, rewards = {name: value.clone() for name, value in batch.items()}, rewards.clone()
+    rewards[where] += 9
+    for name in ("observations", "next_observations"):
+        batch[name][where] += 5
+    for name in ("actions", "next_actions"):
+        old = batch[name][where]
+        batch[name][where] = -old if old.is_floating_point() else (old + 1) % CHOICES
+    for name in batch.keys() & {"action_masks", "next_action_masks"}:
+        batch[name][where] = True
+    return batch, rewards
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_what_the_dead_see_and_earn_changes_nothing(script, discrete):
+    """No loss and no gradient, to the last bit; the same change of a living agent's row changes them."""
+    nets, batch = make_nets(script, discrete), make_batch(discrete)
+    batch["has_next_action"] = ~batch["terminals"]  # so that ICQ uses every row
+    rewards = batch["individual_rewards"]
+    before = both_losses(script, batch, rewards, nets)
+    for one, other in zip(before, both_losses(script, *altered(batch, rewards, ~batch["alive"]), nets), strict=True):
+        assert torch.equal(one, other)
+    parameters = len(list(nets.critic.parameters()))
+    for row, agent in batch["alive"].nonzero().tolist():
+        where = torch.zeros(B, N, dtype=torch.bool)
+        where[row, agent] = True
+        after = both_losses(script, *altered(batch, rewards, where), nets)
+        assert all(before[loss] != after[loss] for loss in (0, 1 + parameters)), (row, agent)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_an_agent_that_is_dead_throughout(script, discrete):
+    """Its networks get no gradient at all, and no division by the number of its rows makes it NaN."""
+    nets, batch = make_nets(script, discrete), make_batch(discrete)
+    batch["alive"][:, 1] = batch["next_alive"][:, 1] = False
+    for found in both_losses(script, batch, batch["individual_rewards"], nets):
+        assert found.isfinite().all()
+        if found.ndim:
+            assert (found[1::N] == 0).all() and (found[0::N] != 0).any()
 
 
 # ---- steps ----

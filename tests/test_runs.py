@@ -212,7 +212,7 @@ def test_run_folder_and_evaluation_of_its_policy(script, dataset, tmp_path, monk
 
 @pytest.mark.parametrize("script", toy.SCRIPTS)
 def test_whose_own_the_state_is(script, tmp_path, monkeypatch):
-    """What all agents see is nobody's own, and so is all of a state that the dataset brings."""
+    """What all agents see is nobody's own, and so is all of a state that the dataset brings, unless it says whose."""
     arrays = toy.record(toy.Matching(), 100)
     shared = arrays["observations"].copy()
     shared[:, 1, 0] = shared[:, 0, 0]
@@ -220,6 +220,7 @@ def test_whose_own_the_state_is(script, tmp_path, monkeypatch):
     for name, changes, nobodys in [
         ("seen", {"observations": shared}, [0, 2]),
         ("brought", {"states": states}, [0, 1, 2]),
+        ("owned", {"states": states, "metadata": {"state_owner": [1, -1, 0]}}, [1]),
     ]:
         (tmp_path / name).mkdir()
         path = toy.write(tmp_path / name / "data.npz", **changes)
@@ -228,8 +229,8 @@ def test_whose_own_the_state_is(script, tmp_path, monkeypatch):
         edges = torch.load(run / "checkpoint.pt", weights_only=True)["edges"][0][:, :-4]  # [2, S], before training
         cheap = torch.zeros(edges.shape[1])
         cheap[nobodys] = 6.0  # for the common slot
-        own = torch.tensor([[0.0, 4, 0, 0], [0, 0, 0, 4]]) if name == "seen" else torch.zeros(2, 3)
-        torch.testing.assert_close(edges, torch.maximum(own, cheap).sigmoid())
+        own = {"seen": [[0.0, 4, 0, 0], [0, 0, 0, 4]], "brought": [[0.0] * 3] * 2, "owned": [[0.0, 0, 4], [4, 0, 0]]}
+        torch.testing.assert_close(edges, torch.maximum(torch.tensor(own[name]), cheap).sigmoid())
 
 
 def test_training_goes_on_from_a_checkpoint(dataset, tmp_path, monkeypatch):

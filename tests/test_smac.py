@@ -289,13 +289,15 @@ def test_ends_are_those_that_the_game_counts(env):
     assert (won, truncated, len(policies)) == (stats["battles_won"], stats["timeouts"], stats["battles_game"])
 
 
-def test_evaluate_plays_it_with_an_untrained_actor(env, reported):
+@pytest.mark.parametrize("last_action", [False, True])
+def test_evaluate_plays_it_with_an_untrained_actor(env, reported, last_action):
     import torch
 
     import macca_cql  # here, since other tests run this file in a process of its own that needs no torch
 
     agent = env.possible_agents[0]
-    sizes = (len(env.possible_agents), env.observation_space(agent).shape[0], env.action_space(agent).n)
+    seen, choices = env.observation_space(agent).shape[0], env.action_space(agent).n
+    sizes = (len(env.possible_agents), seen + choices * last_action, choices)
     actor = macca_cql.Actor(*sizes, hidden_dim=8, discrete=True)
     results = macca_cql.evaluate(env, actor, 3, 0, torch.device("cpu"))
     ends = [i + 1 for i, (_, over, _) in enumerate(reported) if over]

@@ -38,6 +38,7 @@ def make_data(discrete=False, transitions=64):
     arrays = toy.record(toy.Matching(discrete), transitions)
     arrays["next_actions"] = np.roll(arrays["actions"], -1, axis=0)
     arrays["has_next_action"] = ~arrays["timeouts"]
+    arrays["alive"] = arrays["next_alive"] = np.ones((transitions, N), bool)
     return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
@@ -167,8 +168,13 @@ def test_the_recorded_state_is_used(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("stored", ["next_observations", "final_observations"])
-def test_what_follows_a_row(script, discrete, stored, tmp_path):
-    """Next observations, masks and actions are of the same episode, however the file stores them."""
+@pytest.mark.parametrize("last_action", [False, True])
+def test_what_follows_a_row(script, discrete, stored, last_action, tmp_path):
+    """Next observations, masks and actions are of the same episode, however the file stores them; so is what was done.
+
+    Each agent sees its last discrete action as one-hot: before an episode's first step nothing, then the row before's,
+    and in the next observation the row's own.
+    """
     transitions = 40
     arrays = toy.record(toy.Matching(discrete), transitions)
     ends = arrays["timeouts"].copy()
@@ -177,9 +183,20 @@ def test_what_follows_a_row(script, discrete, stored, tmp_path):
     if stored == "final_observations":
         changes |= {"final_observations": arrays["next_observations"][ends], "drop": ["next_observations"]}
     path = toy.write(tmp_path / "data.npz", discrete, transitions, **changes)
-    args = script.Args(env=f"toy:matching{'_discrete' if discrete else ''}", cuda=False)
+    args = script.Args(env=f"toy:matching{'_discrete' if discrete else ''}", cuda=False, last_action=last_action)
     data, metadata = script.load_dataset(path, args, toy.Matching(discrete))
     assert metadata["quality"] == "random"
+    if discrete and last_action:
+        before, after = (np.zeros((transitions, N, 5), np.float32) for _ in range(2))
+        for row in range(transitions):
+            for agent in range(N):
+                after[row, agent, arrays["actions"][row, agent]] = 1
+                if row > 0 and not ends[row - 1]:
+                    before[row, agent, arrays["actions"][row - 1, agent]] = 1
+        assert not before[::5].any() and before.any(2).sum() == N * transitions * 4 / 5  # episodes of 5 steps
+        for name, done in (("observations", before), ("next_observations", after)):
+            arrays[name] = np.concatenate([arrays[name], done], axis=2)
+    assert data["alive"].all() and data["next_alive"].all()
     for name, array in arrays.items():
         assert torch.equal(data[name], torch.from_numpy(array)), name  # nothing is lost, reordered or rounded
         assert data[name].dtype == torch.from_numpy(array).dtype
@@ -192,13 +209,39 @@ def test_what_follows_a_row(script, discrete, stored, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_who_is_alive(script, recorded, tmp_path):
+    """The dead are those that can do one thing only, whether or not the file says what could be done next."""
+    arrays = toy.record(toy.Matching(True), 40)
+    for row in range(40):  # the second agent dies in the third step of every episode, the first in the last one's last
+        for agent, last in ((0, 39), (1, row // 5 * 5 + 2)):
+            if row > last:
+                arrays["actions"][row, agent], arrays["action_masks"][row, agent] = 0, np.arange(5) == 0
+            if row >= last:
+                arrays["next_action_masks"][row, agent] = np.arange(5) == 0
+    arrays["terminals"], arrays["timeouts"] = arrays["timeouts"], arrays["terminals"]
+    path = toy.write(tmp_path / "data.npz", True, 40, **arrays, drop=[] if recorded else ["next_action_masks"])
+    data, _ = script.load_dataset(path, script.Args(env="toy:matching_discrete", cuda=False), toy.Matching(True))
+    assert data["alive"].dtype == data["next_alive"].dtype == torch.bool
+    for row in range(40):
+        assert data["alive"][row].tolist() == [True, row % 5 <= 2]
+        if recorded or row % 5 < 4:  # after a terminal nothing is needed, and the next row is another episode's
+            assert data["next_alive"][row].tolist() == [row < 39, row % 5 < 2]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_an_episode_that_the_file_cuts_off(script, tmp_path):
-    """Rows of an episode whose end was not recorded: the last one has no next action, and it does not wrap around."""
+    """Rows of an episode whose end was not recorded: the last one has no next action, and nothing wraps around."""
     path = toy.write(tmp_path / "data.npz", transitions=13)  # episodes of 5
     data, _ = script.load_dataset(path, script.Args(env="toy:matching", cuda=False), toy.Matching())
     assert not data["timeouts"][12] and len(data["rewards"]) == 13
     if script.__name__ == "macca_icq":
         assert data["has_next_action"].tolist() == [row % 5 != 4 and row != 12 for row in range(13)]
+    path = toy.write(tmp_path / "discrete.npz", True, transitions=13)
+    args = script.Args(env="toy:matching_discrete", cuda=False)
+    data, _ = script.load_dataset(path, args, toy.Matching(True))
+    assert data["observations"].shape == (13, N, OBS + 5)
+    assert data["observations"][..., OBS:].any(2).all(1).tolist() == [row % 5 != 0 for row in range(13)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -288,6 +331,64 @@ def test_credit(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_the_dead_earn_nothing(script):
+    """Nor do they take anything away: a share is one of the living's, and all the shares are the team reward."""
+    data = make_data(True)
+    data["alive"] = torch.rand(64, N) < 0.6
+    living = [int(alive.sum()) for alive in data["alive"]]
+    assert {*living} == {0, 1, 2}
+    inputs = script.causal_inputs(data, 5)
+    for credit in ("macca", "team", "uniform"):
+        args, _, model, _ = make(script, True, credit=credit)
+        model.fit_statistics(inputs[0], data["rewards"])
+        model.slot_mean.copy_(torch.randn(N + 1))
+        rewards = script.assign_credit(data, args, model, 5)
+        assert rewards.shape == (64, N)
+        for row in range(64):
+            team, found = data["rewards"][row].item(), rewards[row].tolist()
+            for agent in range(N):
+                if not data["alive"][row, agent]:
+                    assert found[agent] == 0
+                elif credit == "team":
+                    assert found[agent] == team
+                elif credit == "uniform" or living[row] == 1:
+                    assert found[agent] == pytest.approx(team / living[row], abs=1e-5)
+            if credit != "team":
+                assert sum(found) == pytest.approx(team if living[row] else 0, abs=1e-5)
+        if credit == "macca":
+            torch.testing.assert_close(rewards, model.assign(*inputs, data["rewards"], data["alive"]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("shift", [False, True])
+def test_rescaled_rewards(script, shift, monkeypatch):
+    """Mean and deviation are those of an agent's life; a shift would pay or fine those that live long."""
+    torch.manual_seed(2)
+    rewards, alive = 3 + torch.randn(64, 4) * torch.tensor([0.1, 1.0, 10.0, 1.0]), torch.rand(64, 4) < 0.7
+    alive[:, 0], alive[:, 3] = True, False
+    found = script.rescale(rewards, alive, torch.tensor(shift))
+    expected = np.zeros((64, 4))
+    for agent in range(3):
+        rows = np.flatnonzero(alive[:, agent])
+        own = rewards[rows, agent].double().numpy()
+        expected[rows, agent] = (own - shift * own.mean()) / own.std(ddof=1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+    # What the dead are said to have earned changes nothing; and this is what the critic is told.
+    assert torch.equal(script.rescale(rewards + 9 * ~alive, alive, torch.tensor(shift)), found)
+    seen, genuine = [], script.critic_loss
+    monkeypatch.setattr(
+        script, "critic_loss", lambda batch, rewards, *rest: seen.append(rewards) or genuine(batch, rewards, *rest)
+    )
+    data = make_data(True)
+    data["alive"] = alive[:, :N]
+    args, nets, model, optimizers = make(script, True, credit="truth")
+    nets.shift.fill_(shift)
+    script.update(data, nets, model, optimizers, args, True, True)
+    expected = script.rescale(data["individual_rewards"], data["alive"], torch.tensor(shift))
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_standardized_rewards(script, monkeypatch):
     """Each agent's rewards have mean 0 and deviation 1 over the minibatch; team and uniform are then the same."""
     data, seen = make_data(), []
@@ -326,8 +427,9 @@ def test_credit_comes_before_the_causal_step(script, monkeypatch):
 @pytest.mark.parametrize("transitions", [64, 63])
 @pytest.mark.parametrize("target", ["team", "truth"])
 def test_the_causal_step_takes_half_of_the_minibatch(script, transitions, target):
-    """The first half, rounded up, trains the causal model; the policy learns from all of it."""
+    """The first half, rounded up, trains the causal model, by those alive; the policy learns from all of it."""
     data = {name: value[:transitions] for name, value in make_data().items()}
+    data["alive"] = torch.rand(transitions, N) < 0.7
     half = {name: value[:32] for name, value in data.items()}
     second = {name: value.clone() for name, value in data.items()}
     for name in ("observations", "rewards", "individual_rewards"):
@@ -340,7 +442,8 @@ def test_the_causal_step_takes_half_of_the_minibatch(script, transitions, target
     for iteration in range(3):
         torch.manual_seed(iteration)
         truth = half["individual_rewards"] if target == "truth" else None
-        loss, _ = model_by_hand.loss(half["observations"].flatten(1), half["actions"], half["rewards"], truth)
+        state = half["observations"].flatten(1)
+        loss, _ = model_by_hand.loss(state, half["actions"], half["rewards"], truth, half["alive"])
         optimizers["causal"].zero_grad()
         loss.backward()
         optimizers["causal"].step()
@@ -351,19 +454,23 @@ def test_the_causal_step_takes_half_of_the_minibatch(script, transitions, target
 def test_measured_credit(script):
     """Table 13's numbers and the skill against the even split, by hand; Eq. 6's masks give the densities."""
     data = make_data()
+    data["alive"] = torch.rand(64, N) < 0.7
     args, nets, model, _ = make(script, h=0.5)
     with torch.no_grad():
         model.edge_logits.copy_(torch.randn_like(model.edge_logits) * 3)
+        model.reward_network[-1].weight.mul_(20)  # for a credit that is not nearly the even split
     model.fit_statistics(data["observations"].flatten(1), data["rewards"])
     metadata = {"random_return": -6.0, "expert_return": 2.0, "paper_random_return": 0.0, "paper_expert_return": 1.0}
     row = script.measure(toy.Matching(), nets, model, data, metadata, args, 2)
     inputs = data["observations"].flatten(1), data["actions"]
-    predicted, assigned = model.assign(*inputs).sum(1).numpy(), model.assign(*inputs, data["rewards"]).numpy()
-    truth, team = data["individual_rewards"].numpy(), data["rewards"].numpy()
+    predicted = model.assign(*inputs, alive=data["alive"]).sum(1).numpy()
+    assigned = model.assign(*inputs, data["rewards"], data["alive"]).numpy()
+    truth, team, alive = (data[name].numpy() for name in ("individual_rewards", "rewards", "alive"))
+    even = team[:, None] * alive / alive.sum(1, keepdims=True).clip(1)
     mse = ((assigned - truth) ** 2).mean()
     assert row["credit_mse"] == pytest.approx(mse, rel=1e-4)
     assert row["credit_mae"] == pytest.approx(np.abs(assigned - truth).mean(), rel=1e-4)
-    assert row["credit_skill"] == pytest.approx(1 - mse / ((team[:, None] / N - truth) ** 2).mean(), rel=1e-4)
+    assert row["credit_skill"] == pytest.approx(1 - mse / ((even - truth) ** 2).mean(), rel=1e-4)
     assert row["team_nmse"] == pytest.approx(((predicted - team) ** 2).mean() / team.var(ddof=1), rel=1e-4)
     slots = torch.sigmoid(model.edge_logits.detach())  # the dynamic part is zero before training
     edges = torch.maximum(slots[:N], slots[N])
@@ -385,6 +492,35 @@ def test_measured_credit(script):
         by_hand.append(total)
     np.testing.assert_allclose(returns, by_hand, rtol=1e-5)
     assert row["return"] == pytest.approx(np.mean(by_hand)) and row["return_std"] == pytest.approx(np.std(by_hand))
+
+
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("memory", [0, 5])
+def test_evaluation_remembers_the_last_action(script, memory, monkeypatch):
+    """What an actor sees is what it was trained on: its last action, nothing before the first; or no action at all."""
+    env, seen, played = toy.Matching(True), [], []
+    actor = script.Actor(N, OBS + memory, 5, 16, True)
+    genuine, genuine_step = actor.act, env.step
+
+    def act(observations, masks):
+        assert observations.shape == (N, 1, OBS + memory) and observations.dtype == torch.float32
+        seen.append((env.x.copy(), observations[:, 0].numpy()))
+        return genuine(observations, masks)
+
+    monkeypatch.setattr(actor, "act", act)
+    monkeypatch.setattr(env, "step", lambda actions: played.append(actions) or genuine_step(actions))
+    script.evaluate(env, actor, 3, 0, torch.device("cpu"))
+    assert len(seen) == len(played) == 3 * toy.EPISODE_STEPS
+    for step, (x, observations) in enumerate(seen):
+        for i, agent in enumerate(toy.AGENTS):
+            last = np.zeros(memory)
+            if memory and step % toy.EPISODE_STEPS:
+                last[played[step - 1][agent]] = 1
+            np.testing.assert_array_equal(observations[i], np.concatenate([x[i], last]))
+    assert len({actions[agent] for actions in played for agent in toy.AGENTS}) > 2
 
 
 # ---- learning ----
