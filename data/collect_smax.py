@@ -34,13 +34,12 @@ sys.path.insert(0, str(ROOT))  # so that `python data/collect_smax.py` finds the
 from data.collect import fail, save  # noqa: E402
 
 try:
-    import jax
-    import jax.numpy as jnp
-    import optax
-
     from data.smax import Battle
 except ImportError as missing:
     fail(str(missing))
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
 
 MAPS = ("2s3z", "5m_vs_6m", "6h_vs_8z")
 QUALITIES = ("medium-replay", "medium", "expert")

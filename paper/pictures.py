@@ -106,8 +106,10 @@ def play(env, actor: Actor, causal_model: CausalModel, joint: bool, seed: int) -
     agents, credit, truth, pictures = env.possible_agents, [], [], []
     blank, anything = np.zeros(env.observation_space(agents[0]).shape), np.ones(actor.action_dim, bool)
     observations, infos = env.reset(seed=seed)
+    memory = torch.zeros(len(agents), actor.mean.shape[2] - len(blank))  # the last action, if the actor looks at it
     while env.agents:
         seen = torch.from_numpy(np.stack([observations.get(a, blank) for a in agents]).astype(np.float32))  # [N, O]
+        seen = torch.cat([seen, memory], dim=1)
         masks = np.stack([infos.get(a, {}).get("action_mask", anything) for a in agents]).astype(bool)  # [N, A]
         state = seen if joint else torch.as_tensor(env.state(), dtype=torch.float32)
         chosen = actor.act(seen[:, None], torch.from_numpy(masks)[:, None])[:, 0]  # [N, A], or [N] where discrete
@@ -116,7 +118,9 @@ def play(env, actor: Actor, causal_model: CausalModel, joint: bool, seed: int) -
         truth.append([rewards.get(a, 0.0) for a in agents])
         vectors = F.one_hot(chosen, actor.action_dim).float() if actor.discrete else chosen
         team_reward = torch.tensor([sum(truth[-1])], dtype=torch.float32)
-        credit.append(causal_model.assign(state.flatten()[None], vectors[None], team_reward)[0].numpy())
+        memory = vectors if memory.shape[1] else memory
+        alive = torch.from_numpy(masks.sum(1) > 1)[None] if actor.discrete else None  # the dead have one action left
+        credit.append(causal_model.assign(state.flatten()[None], vectors[None], team_reward, alive)[0].numpy())
         if isinstance(env, mpe.ParticleEnv):
             pictures.append((env.render(), env.positions_and_velocities()[0][: len(env.possible_agents)]))
     return np.array(credit), np.array(truth), pictures
@@ -181,7 +185,7 @@ if __name__ == "__main__":
             fail(f"{args.run} was trained with --credit {trained['credit']}; only macca trains a causal model to draw")
         checkpoint = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
         causal, edges = checkpoint["causal_model"], checkpoint["edges"]
-        networks = [(name.split(".", 1), weight) for name, weight in checkpoint["networks"].items()]
+        networks = [(name.split(".", 1), weight) for name, weight in checkpoint["networks"].items() if "." in name]
         weights = {name: weight for (network, name), weight in networks if network == "actor"}
         agents, observation_dim, hidden_dim = weights["layer1.weight"].shape
         action_dim = weights["layer3.bias"].shape[2]
