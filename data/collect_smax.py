@@ -20,6 +20,7 @@ import csv
 import dataclasses
 import json
 import sys
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -312,9 +313,12 @@ def settings(args: Args) -> dict:
 def load_policy(path: Path) -> tuple[dict[str, Any], dict]:
     if not path.exists():
         fail(f"{path} is missing: make the behaviour policies with --train.")
-    with np.load(path, allow_pickle=False) as file:
-        network = {name: jnp.asarray(file[name]) for name in file.files if name != "metadata"}
-        return network, json.loads(str(file["metadata"]))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            network = {name: jnp.asarray(file[name]) for name in file.files if name != "metadata"}
+            return network, json.loads(str(file["metadata"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        fail(f"{path} is not a policy that --train wrote ({error}): make it anew with --train --overwrite.")
 
 
 def record(args: Args, folder: Path) -> tuple[dict[str, np.ndarray], dict]:
