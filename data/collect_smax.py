@@ -66,7 +66,7 @@ class Args:
     overwrite: bool = False
     """replace the file (or, with --train, the policies) if it exists"""
     all: bool = False
-    """record the three datasets of the three maps that are not there"""
+    """record the three datasets of the three maps that are not there, whatever --map, --quality and --output say"""
     train: bool = False
     """train the behaviour policies and write data/policies/smax/<map>/ instead of recording a dataset"""
 
@@ -418,8 +418,8 @@ def main(args: Args) -> None:
         fail(f"--minibatches {args.minibatches}: expected a divisor of {STEPS * WORLDS}.")
     if args.train_transitions < STEPS * WORLDS * args.eval_interval:
         fail(f"--train-transitions {args.train_transitions}: expected {STEPS * WORLDS * args.eval_interval} or more.")
-    if args.seed < 0:
-        fail(f"--seed {args.seed}: expected 0 or a positive number.")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed {args.seed}: expected a number from 0 to {2**31 - 1}.")
     try:
         Battle(args.map)
     except ValueError as error:
