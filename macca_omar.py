@@ -233,9 +233,7 @@ def dataset_path(args: Args) -> Path:
 def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], dict]:
     """Read and check a dataset file (format: data/README.md): tensors with leading dimension T, and the metadata."""
     if not path.is_file():
-        fail(
-            f"the dataset {path} does not exist; give --dataset FILE, or record it with data/collect.py or data/collect_smax.py"
-        )
+        fail(f"the dataset {path} does not exist; give --dataset FILE, or record it as data/README.md says")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
