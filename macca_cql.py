@@ -227,7 +227,7 @@ def dataset_path(args: Args) -> Path:
 def load_dataset(path: Path, args: Args, env) -> tuple[dict[str, torch.Tensor], dict]:
     """Read and check a dataset file (format: data/README.md): tensors with leading dimension T, and the metadata."""
     if not path.is_file():
-        fail(f"the dataset {path} does not exist; give --dataset FILE, or record it as data/README.md says")
+        fail(f"the dataset {path} does not exist; give --dataset FILE, or record it: data/collect.py, collect_smax.py")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -825,6 +825,7 @@ def test_battle_totals(collect):
         (["--noise", "1.5"], "--noise 1.5: expected a number from 0 to 1"),
         (["--noise", "nan"], "--noise nan"),
         (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(2**31)], "--seed 2147483648: expected a number from 0 to 2147483647"),
         (["--train", "--train-transitions", "5000"], "--train-transitions 5000: expected 5120 or more"),
         (["--train", "--minibatches", "3"], "--minibatches 3: expected a divisor of 512"),
         (["--train", "--hidden-dim", "0"], "--hidden-dim 0"),
