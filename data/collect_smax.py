@@ -13,7 +13,7 @@ last action and its number; actions that the masks forbid are never taken nor lo
     medium         the policy before it whose win rate came closest to half of the expert's
     medium-replay  battles of the training, as they were played, until the medium policy was reached
 
-The file format is described in data/README.md. `individual_rewards` are what each agent earned by its damage.
+The file format is described in data/README.md. `individual_rewards`: data/smax.py says who earns what.
 """
 
 import csv

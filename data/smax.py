@@ -84,6 +84,7 @@ class Battle:
 
     def step(self, key, world, actions) -> tuple[Any, Outcome]:
         """The world after `actions` [N], and what came of it. `HeuristicEnemySMAX.step_env`, but for the accounts.
+        (And it is cut short after 100 steps, not after 101.)
 
         What an agent earned of the reward for damage is in proportion to the damage that it dealt in the step: the loss
         of health of its target, as a share of the target's whole health, split by the strength of the shots where
