@@ -241,7 +241,8 @@ class CausalModel(nn.Module):
         slots, present = self._predict(parents, (soft > 0.5).float() + soft - soft.detach(), alive)  # [B, N + 1]
         if individual_rewards is None:
             error = (slots.sum(1) - (team_reward - self.reward_mean) / self.reward_std).square().mean()
-            self.slot_mean.lerp_(slots.detach().sum(0) / present.sum(0).clamp(min=1), 0.01)
+            count = present.sum(0)  # an agent that is alive in no row keeps its mean
+            self.slot_mean.lerp_(slots.detach().sum(0) / count.clamp(min=1), 0.01 * (count > 0))
         else:
             living = present[:, :-1]
             count = living.sum(1, keepdim=True).clamp(min=1)

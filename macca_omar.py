@@ -49,7 +49,7 @@ class Args:
     credit: Literal["macca", "team", "uniform", "truth"] = "macca"
     """an agent's reward: the causal model's share, the team reward, its N-th part, or the one in the dataset"""
     standardize_rewards: bool = True
-    """scale each agent's rewards to deviation 1 over the minibatch, and, where no episode ends by itself, to mean 0"""
+    """scale each agent's rewards to deviation 1 over the minibatch and, where only time ends lives, to mean 0"""
     seed: int = 1
     """seed of weights, minibatches and evaluation episodes"""
     cuda: bool = torch.cuda.is_available()
@@ -368,12 +368,14 @@ def assign_credit(batch: dict, args: Args, causal_model: CausalModel, action_dim
 def rescale(rewards: torch.Tensor, alive: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Rewards [B, N], each agent's over its deviation, and minus its mean if `shift`; of the rows where it is alive.
 
-    A shift changes nothing where all episodes are equally long. Elsewhere it would reward or punish a long life.
+    A shift changes nothing where all lives are equally long. Elsewhere it would reward or punish a long life; there,
+    rewards that are nearly all the same are divided by a tenth of their mean, not by a deviation near 0.
     """
-    count = alive.sum(0).clamp(min=2)
-    mean = (rewards * alive).sum(0) / count
-    std = (((rewards - mean) * alive).square().sum(0) / (count - 1)).sqrt()
-    return (rewards - mean * shift) * alive / (std + 1e-6)
+    count = alive.sum(0)
+    mean = (rewards * alive).sum(0) / count.clamp(min=1)
+    std = (((rewards - mean) * alive).square().sum(0) / (count - 1).clamp(min=1)).sqrt()
+    scale = torch.maximum(std, 0.1 * mean.abs() * ~shift)
+    return (rewards - mean * shift) * alive / (scale + 1e-6)
 
 
 # --- Networks: one actor and two critics for every agent, as stacks of weights ----------------------------------------
@@ -471,12 +473,12 @@ class Networks(nn.Module):
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.register_buffer("shift", torch.tensor(True))
 
-    def fit_statistics(self, observations: torch.Tensor, terminals: torch.Tensor) -> None:
+    def fit_statistics(self, observations: torch.Tensor, endings: torch.Tensor) -> None:
         """Standardise inputs by mean and deviation of the dataset's observations [T, N, O], each agent's by its own.
 
-        From the terminals [T] follows whether `rescale` may shift rewards.
+        `rescale` may shift rewards if there are no endings, [T]: terminals or deaths.
         """
-        self.shift.copy_(~terminals.any())
+        self.shift.copy_(~endings.any())
         mean, std = observations.mean(0)[:, None], observations.std(0)[:, None]
         for network in (self.actor, self.actor_target, self.critic, self.critic_target):
             network.mean.copy_(mean)
@@ -726,7 +728,7 @@ if __name__ == "__main__":
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     action_dim = int(space.n) if discrete else space.shape[0]
     nets = Networks(num_agents, observation_dim, action_dim, discrete, args).to(device)
-    nets.fit_statistics(observations, data["terminals"])
+    nets.fit_statistics(observations, data["terminals"] | ~data["next_alive"].all(1))
     # The joint state is the observations side by side, unless the dataset brings one of its own, and says whose it is.
     states, owner = data.get("states", observations.flatten(1)), metadata.get("state_owner")
     if "states" not in data:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/collect_smax.py` finds the package `data`
-from data.collect import fail, save  # noqa: E402
+from data.collect import episode_returns, fail, save  # noqa: E402
 
 try:
     from data.smax import Battle
@@ -183,10 +183,7 @@ def whole_battles(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def battle_totals(rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """For each battle its return (mean over agents, so the team's divided by their number) and whether it was won."""
-    ends = np.flatnonzero(rows["terminals"] | rows["timeouts"])
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    returns = np.add.reduceat(rows["individual_rewards"].mean(axis=1, dtype=np.float64), starts)
-    return returns, rows["won"][ends]
+    return episode_returns(rows), rows["won"][rows["terminals"] | rows["timeouts"]]
 
 
 # ---- training ----
@@ -224,7 +221,7 @@ def make_trainer(battle: Battle, args: Args):
         worlds_keys = jax.vmap(lambda key: jax.random.split(key, WORLDS))(keys[:STEPS])  # [T, W]
         now, rows = jax.lax.scan(lambda now, keys: jax.vmap(step)(now, keys), state["now"], worlds_keys)
 
-        # Q(lambda) backwards in time: y = r + gamma [lambda y' + (1 - lambda) max Q'], cut where the policy changed.
+        # Q(lambda) backwards in time, as in PQN: y = r + gamma [lambda y' + (1 - lambda) max Q'], random moves or not.
         after = network_inputs(rows["next_observations"], rows["actions"], battle.num_actions)
         best_after = team_value(state["network"], after, rows["next_action_masks"])  # [T, W]
 

@@ -83,9 +83,9 @@ class Battle:
         )
 
     def step(self, key, world, actions) -> tuple[Any, Outcome]:
-        """The world after `actions` [N], and what came of it. `HeuristicEnemySMAX.step_env`, but for the accounts.
-        (And it is cut short after 100 steps, not after 101.)
+        """The world after `actions` [N], and what came of it: `HeuristicEnemySMAX.step_env` with accounts.
 
+        A battle is cut short after 100 steps; JaxMARL's code does so after 101.
         What an agent earned of the reward for damage is in proportion to the damage that it dealt in the step: the loss
         of health of its target, as a share of the target's whole health, split by the strength of the shots where
         several hit it at the same moment. The victory, and what nobody did (a unit that leaves the field dies), is
@@ -99,9 +99,7 @@ class Battle:
             enemy_key, world.enemy_policy_state, jnp.stack([seen[a] for a in self.game.enemy_agents])
         )
         joint = jnp.concatenate([actions, jnp.stack([enemy_actions[a] for a in self.game.enemy_agents])])
-        moments = game.step_env_no_decode(
-            key, before, game._decode_discrete_actions(joint), True
-        )  # of a step: [8, ...]
+        moments = game.step_env_no_decode(key, before, game._decode_discrete_actions(joint), True)  # [8, ...]
         after = jax.tree.map(lambda x: x[-1], moments).replace(step=before.step + 1)
         after = after.replace(done=game.is_terminal(after))
         reward = REWARD_SCALE * game.compute_reward(after, before.unit_health, after.unit_health)[self.game.agents[0]]

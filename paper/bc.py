@@ -77,7 +77,7 @@ if __name__ == "__main__":
     agents, observation_dim = data["observations"].shape[1:]
     action_dim = int(space.n) if discrete else space.shape[0]
     nets = base.Networks(agents, observation_dim, action_dim, discrete, shared).to(device)
-    nets.fit_statistics(data["observations"], data["terminals"])
+    nets.fit_statistics(data["observations"], data["terminals"] | ~data["next_alive"].all(1))
     optimizer = torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True)
 
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

@@ -146,7 +146,7 @@ if __name__ == "__main__":
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     action_dim = int(space.n) if discrete else space.shape[0]
     nets = base.Networks(agents, observation_dim, action_dim, discrete, settings["team"]).to(device)
-    nets.fit_statistics(observations, data["terminals"])
+    nets.fit_statistics(observations, data["terminals"] | ~data["next_alive"].all(1))
     states, owner = data.get("states", observations.flatten(1)), metadata.get("state_owner")
     if "states" not in data:
         owner = owners(observations)

@@ -221,6 +221,15 @@ def test_all_alive_is_the_default(graph):
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+def test_whoever_is_not_there_keeps_its_mean():
+    """An agent that is alive in no row of a minibatch has earned nothing that could be averaged."""
+    model, (state, action, team) = make("dynamic"), make_batch()
+    alive, before = torch.ones(B, N, dtype=torch.bool), model.slot_mean.clone()
+    alive[:, 1] = False
+    model.loss(state, action, team, None, alive)
+    assert (model.slot_mean == before).tolist() == [slot == 1 for slot in range(M)]
+
+
 @pytest.mark.parametrize("graph", ["dynamic", "fixed", "full"])
 def test_credit_adds_up_to_the_recorded_team_reward(graph):
     """Whatever the model predicts: what it does not explain is not lost, but split evenly."""

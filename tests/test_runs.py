@@ -233,6 +233,25 @@ def test_whose_own_the_state_is(script, tmp_path, monkeypatch):
         torch.testing.assert_close(edges, torch.maximum(torch.tensor(own[name]), cheap).sigmoid())
 
 
+@pytest.mark.parametrize("script", toy.SCRIPTS)
+def test_what_ends_a_life(script, tmp_path, monkeypatch):
+    """A shift of the rewards would pay or fine long lives: a terminal forbids it, and a death before the time limit."""
+    arrays = toy.record(toy.Matching(True), 100)
+    dying, terminals = arrays["next_action_masks"].copy(), arrays["timeouts"] & (np.arange(100) == 4)
+    dying[2, 1] = [True, False, False, False, False]
+    for name, changes, shift in [
+        ("time", {}, True),
+        ("death", {"next_action_masks": dying}, False),
+        ("terminal", {"terminals": terminals, "timeouts": arrays["timeouts"] & ~terminals}, False),
+    ]:
+        (tmp_path / name).mkdir()
+        path = toy.write(tmp_path / name / "data.npz", True, **changes)
+        flags = ["--env", "toy:matching_discrete", "--dataset", path, "--total-iterations", 1]
+        start(script, tmp_path / name, *SHORT, *flags, monkeypatch=monkeypatch)
+        stored = torch.load(toy.run_folder(tmp_path / name) / "checkpoint.pt", weights_only=True)
+        assert stored["networks"]["shift"] == shift, name
+
+
 def test_training_goes_on_from_a_checkpoint(dataset, tmp_path, monkeypatch):
     """--checkpoint must load networks, causal model and optimizers, but the learning rates are those given now."""
     flags = [*SHORT, "--dataset", dataset]

@@ -364,15 +364,21 @@ def test_the_dead_earn_nothing(script):
 def test_rescaled_rewards(script, shift, monkeypatch):
     """Mean and deviation are those of an agent's life; a shift would pay or fine those that live long."""
     torch.manual_seed(2)
-    rewards, alive = 3 + torch.randn(64, 4) * torch.tensor([0.1, 1.0, 10.0, 1.0]), torch.rand(64, 4) < 0.7
+    rewards, alive = 3 + torch.randn(64, 4) * torch.tensor([0.02, 1.0, 10.0, 1.0]), torch.rand(64, 4) < 0.7
     alive[:, 0], alive[:, 3] = True, False
     found = script.rescale(rewards, alive, torch.tensor(shift))
     expected = np.zeros((64, 4))
     for agent in range(3):
         rows = np.flatnonzero(alive[:, agent])
         own = rewards[rows, agent].double().numpy()
-        expected[rows, agent] = (own - shift * own.mean()) / own.std(ddof=1)
+        scale = own.std(ddof=1) if shift else max(own.std(ddof=1), 0.1 * abs(own.mean()))  # agent 0's is the mean
+        expected[rows, agent] = (own - shift * own.mean()) / scale
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+    # A cost that is always the same, and an agent with a single row, stay in bounds.
+    same = torch.full((64, 2), -3.0)
+    once = torch.stack([torch.ones(64), torch.arange(64) == 5], dim=1).bool()
+    few = script.rescale(same, once, torch.tensor(shift))
+    torch.testing.assert_close(few, torch.zeros(64, 2) if shift else -10 * once.float(), rtol=1e-4, atol=1e-6)
     # What the dead are said to have earned changes nothing; and this is what the critic is told.
     assert torch.equal(script.rescale(rewards + 9 * ~alive, alive, torch.tensor(shift)), found)
     seen, genuine = [], script.critic_loss
