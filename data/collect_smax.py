@@ -19,6 +19,7 @@ The file format is described in data/README.md. `individual_rewards`: data/smax.
 import csv
 import dataclasses
 import json
+import os
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/collect_smax.py` finds the package `data`
 from data.collect import episode_returns, fail, save  # noqa: E402
 
+if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):
+    # On one core, before JAX is imported: with more it takes sums in another order, and a training ends elsewhere.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 try:
     from data.smax import Battle
 except ImportError as missing:
@@ -248,7 +253,7 @@ def make_trainer(battle: Battle, args: Args):
         carry = (state["network"], state["optimizer"])
         network, optimizer_state = jax.lax.scan(update, carry, shuffled.reshape(args.epochs * args.minibatches, -1))[0]
         done = state["transitions"] + STEPS * WORLDS
-        noise = jnp.maximum(1 - done / (0.1 * args.train_transitions), args.exploration)
+        noise = jnp.maximum(1 - done / (0.1 * args.train_transitions), args.exploration).astype(jnp.float32)
         return {"network": network, "optimizer": optimizer_state, "noise": noise, "transitions": done, "now": now}, rows
 
     network_key, reset_key = jax.random.split(jax.random.PRNGKey(args.seed))

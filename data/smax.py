@@ -71,7 +71,9 @@ class Battle:
         self.state_owner += [-1] * 2 * units  # whose own each dimension is, -1 for nobody's
 
     def reset(self, key):
-        return self.game.reset(key)[1]
+        world = self.game.reset(key)[1]
+        # Of the types that a step returns, or JAX would compile the first step and the others.
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), world)
 
     def view(self, world) -> View:
         observations, masks = self.game.get_obs(world), self.game.get_avail_actions(world)

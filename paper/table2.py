@@ -1,6 +1,6 @@
 """The paper's Table 2 on another simulator: battles on SMAX, with the paper's figures for StarCraft's SMAC beside them.
 
-    python paper/table2.py            # what is missing of paper/results/smax-*.csv: some two hours of two cores
+    python paper/table2.py            # what is missing of paper/results/smax-*.csv: an hour of two idle cores
     python paper/table2.py --show     # from those files alone
 
 Win rate and the team's return (20 for a battle that is won) of the last policy over 100 battles, mean and standard
