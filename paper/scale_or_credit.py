@@ -3,25 +3,19 @@
     python paper/scale_or_credit.py            # about six hours of one core: five seeds, four qualities
     python paper/scale_or_credit.py --show     # from paper/results/scale-*.csv alone
 
-Three steps lead from the team reward as it is to the true individual rewards: dividing it by N changes its scale,
+Three steps lead from the team reward as it is to the true individual rewards. Dividing it by N changes its scale,
 standardising it over the minibatch its scale and its offset; only what is left is credit.
 """
 
-import csv
 import statistics
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import RESULTS, ROOT, t_interval
+from rows import RESULTS, by_label, mean_interval, numbers, paired, print_table
+from runs import Printing, run_missing
 
 COLUMNS = {
     "scale-omar-expert": "OMAR, expert",
@@ -30,68 +24,42 @@ COLUMNS = {
     "scale-cql-medium-replay": "CQL, medium-replay",
     "scale-cql-random": "CQL, random",
 }
-LABELS = {
-    "behaviour cloning": "behaviour cloning",
-    "team, raw": "team reward R as it is",
-    "uniform, raw": "R / N as it is",
-    "macca, raw": "MACCA's share as it is",
-    "team": "R, standardised (= R / N, standardised)",
-    "macca": "MACCA's share, standardised",
-    "truth": "true individual rewards, standardised",
+LABELS = {  # row label -> its name in the table, its colour in the figure
+    "behaviour cloning": ("behaviour cloning", "0.6"),
+    "team, raw": ("team reward R as it is", "#d95f02"),
+    "uniform, raw": ("R / N as it is", "#e6ab02"),
+    "macca, raw": ("MACCA's share as it is", "#fdcdac"),
+    "team": ("R, standardised (= R / N, standardised)", "#66a61e"),
+    "macca": ("MACCA's share, standardised", "#7570b3"),
+    "truth": ("true individual rewards, standardised", "#1b9e77"),
 }
 PAIRS = [("uniform, raw", "team, raw"), ("team", "team, raw"), ("macca", "team"), ("truth", "team")]
-COLOURS = ["0.6", "#d95f02", "#e6ab02", "#fdcdac", "#66a61e", "#7570b3", "#1b9e77"]
-
-
-@dataclass
-class Args:
-    jobs: int = 2
-    """runs side by side, each on one thread"""
-    show: bool = False
-    """run nothing"""
-
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    scores: dict[str, dict[str, list[float]]] = {}
-    by_seed: dict[tuple[str, str], dict[str, float]] = {}
-    for table in COLUMNS:
-        if not args.show:
-            command = [sys.executable, str(ROOT / "paper" / "runs.py"), table, "--jobs", str(args.jobs)]
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)
-        if not (RESULTS / f"{table}.csv").exists():
-            print(f"scale_or_credit.py: {table} has no results yet; its column is empty", file=sys.stderr)
-            continue
-        with open(RESULTS / f"{table}.csv") as file:
-            for row in csv.DictReader(file):
-                scores.setdefault(row["label"], {}).setdefault(table, []).append(float(row["score"]))
-                by_seed.setdefault((table, row["label"]), {})[row["seed"]] = float(row["score"])
+    args = tyro.cli(Printing, description=__doc__)
+    for table in COLUMNS if not args.show else ():
+        run_missing(table, args.jobs)
+    tables = [by_label(table) for table in COLUMNS]
+    shown = [label for label in LABELS if any(label in runs for runs in tables)]
 
-    print("| what the backbone is told | " + " | ".join(COLUMNS.values()) + " |\n|---" + "|---" * len(COLUMNS) + "|")
     figure, axes = plt.subplots(figsize=(11, 4))
-    shown = [label for label in LABELS if label in scores]
-    width = 0.85 / len(shown)
+    width, body = 0.85 / max(len(shown), 1), []
     for place, label in enumerate(shown):
-        cells = []
-        for number, table in enumerate(COLUMNS):
-            values = scores[label].get(table, [])
-            cells.append(f"{statistics.mean(values):.1f} ± {t_interval(values):.1f}" if len(values) > 1 else "")
+        name, colour = LABELS[label]
+        scores = [numbers(runs.get(label, {}), "score") for runs in tables]
+        body.append([name, *(mean_interval(values, sign="") for values in scores)])
+        for number, values in enumerate(scores):
             x = number + (place - (len(shown) - 1) / 2) * width
             if len(values) > 1:
-                legend = LABELS[label] if number == 0 else None
-                colour = COLOURS[list(LABELS).index(label)]
+                legend = name if number == 0 else None
                 axes.bar(x, statistics.mean(values), width * 0.92, color=colour, label=legend)
                 axes.scatter([x] * len(values), values, s=7, color="black", zorder=3)
-        print(f"| {LABELS[label]} | " + " | ".join(cells) + " |")
-    print("\n| paired by seed | " + " | ".join(COLUMNS.values()) + " |\n|---" + "|---" * len(COLUMNS) + "|")
-    for one, other in PAIRS:
-        cells = []
-        for table in COLUMNS:
-            left, right = by_seed.get((table, one), {}), by_seed.get((table, other), {})
-            gaps = [left[seed] - right[seed] for seed in left if seed in right]
-            cells.append(f"{statistics.mean(gaps):+.1f} ± {t_interval(gaps):.1f}" if len(gaps) > 1 else "")
-        print(f"| {one} minus {other} | " + " | ".join(cells) + " |")
+    print_table(["what the backbone is told", *COLUMNS.values()], body)
+    print()
+    gaps = [[paired(runs.get(one, {}), runs.get(other, {}), "score") for runs in tables] for one, other in PAIRS]
+    body = [[f"{one} minus {other}", *map(mean_interval, row)] for (one, other), row in zip(PAIRS, gaps, strict=True)]
+    print_table(["paired by seed", *COLUMNS.values()], body)
+
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(COLUMNS)), list(COLUMNS.values()))
     axes.set_ylabel("score of the last policy (random 0, expert 100)")

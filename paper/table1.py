@@ -1,25 +1,21 @@
 """The paper's Table 1: twelve particle datasets, OMAR with and without credit, and behaviour cloning beside it.
 
-    python paper/table1.py            # what is missing of paper/results/table1-*.csv: some three hours of one core
-    python paper/table1.py --show     # from those files alone
+    python paper/table1.py            # run what paper/results/table1-*.csv lack (three hours of one core), then print
+    python paper/table1.py --show     # print what these files hold
     python paper/table1.py --local    # the tasks in which a predator is rewarded for what it does itself
 
 The headline is the last policy over 100 episodes. Over tasks: the interquartile mean of all runs, with the 95 %
 interval of a bootstrap that draws seeds within each dataset (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264).
 """
 
-import csv
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import RESULTS, ROOT, TABLES, t_interval
+from rows import by_label, mean_interval, mean_std, numbers, paired, print_table
+from runs import Printing, run_missing
+from tables import TABLES
 
 # Mean and standard deviation of the paper's Table 1: OMAR, MACCA-OMAR.
 PAPER = {
@@ -40,13 +36,9 @@ LOCAL = ["simple_tag_local-expert", "simple_world_local-expert"]
 
 
 @dataclass
-class Args:
+class Args(Printing):
     local: bool = False
     """the tasks with individual rewards of a predator's own making, instead of the paper's"""
-    jobs: int = 2
-    """runs side by side, each on one thread"""
-    show: bool = False
-    """run nothing"""
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:
@@ -65,87 +57,56 @@ def bootstrap_interval(by_dataset: list[list[float]], draws: int = 20_000) -> tu
     return float(low), float(high)
 
 
-def read(dataset: str, column: str) -> dict[str, list[float]]:
-    """The scores of every row label of a dataset's table, by seed."""
-    path, scores = RESULTS / f"table1-{dataset}.csv", {}
-    if path.exists():
-        with open(path) as file:
-            for row in sorted(csv.DictReader(file), key=lambda row: int(row["seed"])):
-                if row[column]:
-                    scores.setdefault(row["label"], []).append(float(row[column]))
-    return scores
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-
-
-def show(datasets: list[str], column: str) -> None:
+def show(tables: dict, labels: list[str], column: str) -> None:
     """One table of a score: datasets down, methods across, interquartile means at the bottom."""
-    tables = {dataset: scores for dataset in datasets if (scores := read(dataset, column))}
-    labels = list(TABLES[f"table1-{datasets[0]}"][1])
-    paper = ["paper: OMAR", "paper: MACCA-OMAR"] if datasets[0] in PAPER else []
-    print("| dataset | " + " | ".join(labels + paper) + " |\n|---" + "|---" * len(labels + paper) + "|")
-    for dataset, scores in tables.items():
-        cells = [spread(scores.get(label, [])) for label in labels]
-        print(f"| {dataset} | " + " | ".join(cells + list(PAPER.get(dataset, ()))) + " |")
-    if len(tables) < 3:
-        return
-    cells = []
-    for label in labels:
-        runs = [scores[label] for scores in tables.values() if len(scores.get(label, [])) > 1]
-        if len(runs) < len(datasets):
-            cells.append("")
-            continue
-        low, high = bootstrap_interval(runs)
-        cells.append(f"{interquartile_mean(np.concatenate(runs)):.1f} ({low:.1f} to {high:.1f})")
-    print("| **interquartile mean** | " + " | ".join(cells + [""] * len(paper)) + " |")
+    scores = {dataset: [numbers(runs.get(label, {}), column) for label in labels] for dataset, runs in tables.items()}
+    paper = ["paper: OMAR", "paper: MACCA-OMAR"] * (not tables.keys().isdisjoint(PAPER))
+    body = [[name, *map(mean_std, cells), *PAPER.get(name, ())] for name, cells in scores.items() if any(cells)]
+    if tables.keys() == PAPER.keys():
+        means = []
+        for runs in zip(*scores.values(), strict=True):  # of one method, a list of scores per dataset
+            complete = all(len(seeds) > 1 for seeds in runs)
+            low, high = bootstrap_interval(list(runs)) if complete else (0, 0)
+            means.append(f"{interquartile_mean(np.concatenate(runs)):.1f} ({low:.1f} to {high:.1f})" * complete)
+        body.append(["**interquartile mean**", *means, *[""] * len(paper)])
+    print_table(["dataset", *labels, *paper], body)
 
 
-def paired(dataset: str, one: str, other: str) -> list[float]:
-    """Differences between two methods, seed by seed."""
-    scores = read(dataset, "score")
-    return [a - b for a, b in zip(scores.get(one, []), scores.get(other, []), strict=False)]
-
-
-def show_differences(datasets: list[str]) -> None:
+def show_differences(tables: dict) -> None:
     """MACCA against its controls: mean over datasets and half of Student's 95 % interval."""
     for other in ("BC", "OMAR, team", "OMAR, uniform"):
-        gaps = [statistics.mean(seeds) for dataset in datasets if (seeds := paired(dataset, "MACCA-OMAR", other))]
+        pairs = [paired(runs.get("MACCA-OMAR", {}), runs.get(other, {}), "score") for runs in tables.values()]
+        gaps = [statistics.mean(seeds) for seeds in pairs if seeds]
         if len(gaps) > 1:
-            better = sum(gap > 0 for gap in gaps)
-            print(f"- MACCA-OMAR minus {other}: {statistics.mean(gaps):+.1f} ± {t_interval(gaps):.1f} ", end="")
-            print(f"(mean over {len(gaps)} datasets; above on {better})")
+            counts = f"mean over {len(gaps)} datasets; above on {sum(gap > 0 for gap in gaps)}"
+            print(f"- MACCA-OMAR minus {other}: {mean_interval(gaps)} ({counts})")
 
 
-def show_local_differences(datasets: list[str]) -> None:
+def show_local_differences(tables: dict) -> None:
     """What true and what learned credit add to the even split, paired by seed, and how right the learned one is."""
-    print("| minus OMAR, uniform | " + " | ".join(datasets) + " |\n|---" + "|---" * len(datasets) + "|")
-    for label in ("OMAR, truth", "MACCA-OMAR", "MACCA-OMAR, causal model first"):
-        gaps = [paired(dataset, label, "OMAR, uniform") for dataset in datasets]
-        cells = [f"{statistics.mean(g):+.1f} ± {t_interval(g):.1f}" if len(g) > 1 else "" for g in gaps]
-        print(f"| {label} | " + " | ".join(cells) + " |")
-    for label in ("MACCA-OMAR", "MACCA-OMAR, causal model first"):
-        skills = [read(dataset, "credit_skill").get(label, []) for dataset in datasets]
-        cells = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" if len(x) > 1 else "" for x in skills]
-        print(f"| skill of the credit of {label} | " + " | ".join(cells) + " |")
+    learned, body = ["MACCA-OMAR", "MACCA-OMAR, causal model first"], []
+    for label in ["OMAR, truth", *learned]:
+        pairs = [paired(runs.get(label, {}), runs.get("OMAR, uniform", {}), "score") for runs in tables.values()]
+        body.append([label, *map(mean_interval, pairs)])
+    for label in learned:
+        skills = [numbers(runs.get(label, {}), "credit_skill") for runs in tables.values()]
+        body.append([f"skill of the credit of {label}", *(mean_std(skill, 2) for skill in skills)])
+    print_table(["minus OMAR, uniform", *tables], body)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     datasets = LOCAL if args.local else list(PAPER)
-    if not args.show:
-        for dataset in datasets:
-            command = [sys.executable, str(ROOT / "paper" / "runs.py"), f"table1-{dataset}", "--jobs", str(args.jobs)]
-            if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-                raise SystemExit(2)
+    for dataset in datasets if not args.show else ():
+        run_missing(f"table1-{dataset}", args.jobs)
+    tables = {dataset: by_label(f"table1-{dataset}") for dataset in datasets}
+    labels = list(TABLES[f"table1-{datasets[0]}"][1])
     print("Score of the last policy, own references\n")
-    show(datasets, "score")
+    show(tables, labels, "score")
     print()
-    (show_local_differences if args.local else show_differences)(datasets)
+    (show_local_differences if args.local else show_differences)(tables)
     if not args.local:
         print("\nBest evaluation during training, own references\n")
-        show(datasets, "best_score")
+        show(tables, labels, "best_score")
         print("\nScore of the last policy, the paper's references\n")
-        show(datasets, "score_paper")
+        show(tables, labels, "score_paper")

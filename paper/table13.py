@@ -1,18 +1,15 @@
-"""The paper's Table 13: the credit's error on Cooperative Navigation, with a yardstick beside it.
+"""The paper's Table 13: the credit's error on Cooperative Navigation, with the even split's error beside it.
 
     python paper/table13.py        # from the rows "macca" of paper/results/scale-cql-*.csv
 
-An error of credit says nothing alone: the even split R / N has errors too, and skill = 1 - MSE / MSE of the even split
-tells the two apart. The figures are those of the last evaluation of MACCA-CQL, on transitions held out of training.
+An error of credit says nothing alone: the even split R / N has errors too. The skill, 1 - MSE / MSE of the even split,
+compares the two. The numbers are those of the last evaluation of MACCA-CQL, on transitions held out of training.
 """
 
-import csv
-import statistics
-import sys
-from pathlib import Path
+from dataclasses import dataclass
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import RESULTS
+import tyro
+from rows import by_label, mean_std, numbers, print_table
 
 PAPER = {"expert": "0.12, 0.65", "medium": "0.24, 1.12", "medium-replay": "0.38, 1.78", "random": "1.60, 4.45"}
 COLUMNS = {
@@ -28,28 +25,16 @@ COLUMNS = {
 }
 
 
-def cell(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+@dataclass
+class Args:
+    pass
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(__doc__)
-        raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
-    print(
-        "| data | seeds | "
-        + " | ".join(COLUMNS.values())
-        + " | paper: MSE, MAE |\n"
-        + "|---" * (len(COLUMNS) + 3)
-        + "|"
-    )
+    tyro.cli(Args, description=__doc__)
+    body = []
     for quality, paper in PAPER.items():
-        path = RESULTS / f"scale-cql-{quality}.csv"
-        if not path.exists():
-            print(f"table13.py: {path} is missing; paper/scale_or_credit.py makes it", file=sys.stderr)
-            continue
-        with open(path) as file:
-            rows = [row for row in csv.DictReader(file) if row["label"] == "macca"]
-        cells = [cell([float(row[column]) for row in rows]) for column in COLUMNS]
-        print(f"| {quality} | {len(rows)} | " + " | ".join(cells) + f" | {paper} |")
+        runs = by_label(f"scale-cql-{quality}").get("macca", {})
+        cells = [mean_std(numbers(runs, column), 3) for column in COLUMNS]
+        body.append([quality, str(len(runs)), *cells, paper])
+    print_table(["data", "seeds", *COLUMNS.values(), "paper: MSE, MAE"], body)

@@ -1,23 +1,17 @@
-"""The paper's Table 2 on another simulator: battles on SMAX, with the paper's figures for StarCraft's SMAC beside them.
+"""The paper's Table 2 on another simulator: battles on SMAX, with the paper's numbers for StarCraft's SMAC beside them.
 
-    python paper/table2.py            # what is missing of paper/results/smax-*.csv: an hour of two idle cores
-    python paper/table2.py --show     # from those files alone
+    python paper/table2.py            # run what paper/results/smax-*.csv lack (an hour of two idle cores), then print
+    python paper/table2.py --show     # print what these files hold
 
 Win rate and the team's return (20 for a battle that is won) of the last policy over 100 battles, mean and standard
 deviation over seeds; then how far the credit is from the damage that each agent did. Needs jaxmarl (data/smax.py).
 """
 
-import csv
 import statistics
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from runs import RESULTS, ROOT, TABLES, t_interval
+from rows import by_label, fail, mean_interval, mean_std, numbers, paired, print_table
+from runs import Printing, run_missing
 
 # Win rates of the paper's Table 2: MACCA-CQL, MACCA-OMAR, MACCA-ICQ; then its I-CQL, OMAR, MA-ICQ.
 PAPER = {
@@ -29,78 +23,43 @@ PAPER = {
     "6h_vs_8z-medium": ("0.17", "0.20", "0.22", "0.01", "0.12", "0.01"),
 }
 AGENTS = {"2s3z": 5, "5m_vs_6m": 5, "6h_vs_8z": 6}
-
-
-@dataclass
-class Args:
-    jobs: int = 2
-    """runs side by side, each on one thread"""
-    show: bool = False
-    """run nothing"""
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
+LABELS = ["BC", "MACCA-CQL", "MACCA-OMAR", "MACCA-ICQ", "ICQ, team", "ICQ, uniform"]
+CREDIT = ["credit_mae", "even_mae", "credit_skill", "credit_rank", "team_nmse"]
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    if not args.show:
-        for name in PAPER:
-            arguments = [f"smax-{name}", "--jobs", str(args.jobs)]
-            if subprocess.run([sys.executable, str(ROOT / "paper" / "runs.py"), *arguments]).returncode:
-                raise SystemExit(2)
-    tables: dict[str, dict[str, list[dict[str, str]]]] = {}  # dataset -> row label -> runs
-    for name in PAPER:
-        if (path := RESULTS / f"smax-{name}.csv").exists():
-            with open(path) as file:
-                rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
-            tables[name] = {label: [r for r in rows if r["label"] == label] for label in TABLES[f"smax-{name}"][1]}
+    args = tyro.cli(Printing, description=__doc__)
+    for name in PAPER if not args.show else ():
+        run_missing(f"smax-{name}", args.jobs)
+    tables = {name: runs for name in PAPER if (runs := by_label(f"smax-{name}"))}  # dataset -> row label -> runs
     if not tables:
-        print("table2.py: no results yet; run it without --show", file=sys.stderr)
-        raise SystemExit(2)
-    labels = list(dict.fromkeys(label for runs in tables.values() for label in runs if runs[label]))
+        fail("there are no results in paper/results/smax-*.csv yet; run it without --show")
 
     print("Win rate (team return):\n")
-    print(f"| | {' | '.join(labels)} |\n|---|{'---|' * len(labels)}")
+    body = []
     for name, runs in tables.items():
-        cells = []
-        for label in labels:
-            won = [float(row["won"]) for row in runs.get(label, [])]
-            team = [AGENTS[name.rsplit("-", 1)[0]] * float(row["return"]) for row in runs.get(label, [])]
-            cells.append(f"{spread(won)} ({statistics.mean(team):.1f})" if won else "")
-        print(f"| {name} | {' | '.join(cells)} |")
+        body.append([name])
+        for label in LABELS:
+            won, mean = numbers(runs.get(label, {}), "won"), numbers(runs.get(label, {}), "return")
+            team = AGENTS[name.rsplit("-", 1)[0]] * statistics.mean(mean) if mean else 0
+            body[-1].append(f"{mean_std(won, 2)} ({team:.1f})" if won else "")
+    print_table(["", *LABELS], body)
 
     print("\nThe paper's Table 2, on SMAC:\n")
-    print("| | MACCA-CQL | MACCA-OMAR | MACCA-ICQ | I-CQL | OMAR | MA-ICQ |\n|---|---|---|---|---|---|---|")
-    for name in tables:
-        print(f"| {name} | {' | '.join(PAPER[name])} |")
+    columns = ["", "MACCA-CQL", "MACCA-OMAR", "MACCA-ICQ", "I-CQL", "OMAR", "MA-ICQ"]
+    print_table(columns, [[name, *PAPER[name]] for name in tables])
 
     print("\nPaired differences of win rates over all datasets and seeds, with Student's 95 % interval:\n")
-    first = next((label for label in labels if label.endswith(", uniform")), "BC")
-    for other in labels:
-        pairs = [
-            float(a["won"]) - float(b["won"])
-            for runs in tables.values()
-            for a in runs.get(other, [])
-            for b in runs.get(first, [])
-            if a["seed"] == b["seed"]
-        ]
-        if other != first and len(pairs) > 1:
-            half = f" ± {t_interval(pairs):.3f}" if len(pairs) <= 12 else ""
-            print(f"- {other} minus {first}: {statistics.mean(pairs):+.3f}{half} ({len(pairs)} pairs)")
+    for label in LABELS[:-1]:
+        gaps = [paired(runs.get(label, {}), runs.get(LABELS[-1], {}), "won") for runs in tables.values()]
+        pairs = [gap for seeds in gaps for gap in seeds]
+        if len(pairs) > 1:
+            print(f"- {label} minus {LABELS[-1]}: {mean_interval(pairs, 3)} ({len(pairs)} pairs)")
 
+    # Of MACCA-OMAR: in the other scripts the same causal model learns from the same minibatches.
     print("\nCredit against each agent's damage, on held-out battles (reward units; 20 is a battle won):\n")
-    print("| | mean error | of the even split | skill | rank correlation | team reward's error |")
-    print("|---|---|---|---|---|---|")
+    body = []
     for name, runs in tables.items():
-        rows = runs["MACCA-OMAR"]  # in the others the same causal model learns from the same minibatches
-        if rows:
-            mean = {
-                key: statistics.mean(float(row[key]) for row in rows)
-                for key in ("credit_mae", "even_mae", "credit_rank", "team_nmse")
-            }
-            skill = spread([float(row["credit_skill"]) for row in rows])
-            errors = f"{mean['credit_mae']:.3f} | {mean['even_mae']:.3f}"
-            print(f"| {name} | {errors} | {skill} | {mean['credit_rank']:.2f} | {mean['team_nmse']:.2f} |")
+        columns = [numbers(runs.get("MACCA-OMAR", {}), column) for column in CREDIT]
+        mae, even, skill, rank, team = (mean_std(c, digits) for c, digits in zip(columns, (3, 3, 2, 2, 2), strict=True))
+        body.append([name, mae, even, skill, rank, team])
+    print_table(["", "mean error", "of the even split", "skill", "rank correlation", "team reward's error"], body)

@@ -1,0 +1,91 @@
+"""Read and write rows of results (CSV files in paper/results), and put the seeds of a row into one cell of a table."""
+
+import csv
+import io
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "paper" / "results"
+
+Row = dict[str, str]
+Runs = dict[str, Row]  # seed -> row
+
+
+def fail(message: str) -> NoReturn:
+    """A user's mistake ends in one sentence and exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file, none if it does not exist. A last line without its newline was cut off: it is dropped."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
+def add(path: Path, row: Row) -> None:
+    """Append a row. The file is replaced as a whole, because an older one may lack columns or end in half a line."""
+    rows = [*read(path), row]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, columns, lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({error.strerror}); make room or give yourself the right to write there")
+
+
+def by_label(table: str) -> dict[str, Runs]:
+    """The runs of a table, by row label and seed. Of several runs with one label and seed the newest counts."""
+    runs: dict[str, Runs] = {}
+    for row in read(RESULTS / f"{table}.csv"):
+        runs.setdefault(row["label"], {})[row["seed"]] = row
+    return runs
+
+
+def numbers(runs: Runs, column: str) -> list[float]:
+    """The values of a column, one per seed that has it."""
+    return [float(row[column]) for row in runs.values() if row.get(column)]
+
+
+def paired(one: Runs, other: Runs, column: str) -> list[float]:
+    """Differences of a column between the runs of two labels with the same seed."""
+    seeds = [seed for seed in one if seed in other and one[seed].get(column) and other[seed].get(column)]
+    return [float(one[seed][column]) - float(other[seed][column]) for seed in seeds]
+
+
+def t_interval(values: Sequence[float]) -> float:
+    """Half the width of Student's 95 % interval of a mean."""
+    table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201]
+    freedom = len(values) - 1
+    t = table[freedom - 1] if freedom <= len(table) else 1.960 + 2.372 / freedom + 2.823 / freedom**2
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_std(values: Sequence[float], digits: int = 1) -> str:
+    """A cell: mean ± standard deviation; of a single value that value, of none nothing."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}" if values else ""
+
+
+def mean_interval(values: Sequence[float], digits: int = 1, sign: str = "+") -> str:
+    """A cell: mean ± half a 95 % interval; nothing for less than two values."""
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {t_interval(values):.{digits}f}" if len(values) > 1 else ""
+
+
+def print_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for cells in body:
+        print("| " + " | ".join(cells) + " |")
