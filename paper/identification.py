@@ -10,28 +10,28 @@ cost of a collision; (c) a part of the agent's own dimensions that counts only w
 so its edges switch on and off; (d) R is the minimum, the product or an indicator of the r_i: no sum at all.
 """
 
-import csv
 import dataclasses
+import functools
 import itertools
 import math
+import multiprocessing
 import os
-import statistics
+import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 import tyro
+from rows import RESULTS, ROOT, add, fail, mean_std, print_table, read
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(ROOT))
 from causal_model import CausalModel
 
-RESULTS = Path(__file__).resolve().parent / "results" / "identification.csv"
+PATH = RESULTS / "identification.csv"
 TRAIN, HELD_OUT = 54_000, 10_000
 
 # name -> how the problem is drawn; what is not named is as in `draw`
@@ -305,76 +305,64 @@ def by_dimension(edges: torch.Tensor, problem: Problem) -> torch.Tensor:
     return torch.cat([state, action.unflatten(2, (agents, choices)).amax(3)], dim=2)
 
 
-def job(name: str, method: str, seed: int, args: Args) -> dict:
+def job(key: tuple[str, str, int], args: Args) -> dict[str, str]:
+    """The row of a problem, a method and a draw."""
+    name, method, seed = key
     torch.set_num_threads(1)
     if ROWS[name]["family"] == "c":
         args = dataclasses.replace(args, iterations=args.iterations * 3 // 2)
     problem = draw(seed, **ROWS[name])
     torch.manual_seed(seed)
     started = time.monotonic()
-    row = measure(problem, *fit(problem, method, args))
-    head = {"row": name, "method": method, "draw": seed, "iterations": args.iterations, "batch_size": args.batch_size}
-    head["hidden_dim"] = args.hidden_dim
-    measured = {name: f"{row[name]:.4f}" if row.get(name, math.nan) == row.get(name) else "" for name in COLUMNS}
-    return {**head, **measured, "seconds": f"{time.monotonic() - started:.1f}"}
+    measured = measure(problem, *fit(problem, method, args))
+    row = {"row": name, "method": method, "draw": str(seed), "iterations": str(args.iterations)}
+    row |= {"batch_size": str(args.batch_size), "hidden_dim": str(args.hidden_dim)}
+    row |= {name: f"{measured[name]:.4f}" if math.isfinite(measured.get(name, math.nan)) else "" for name in COLUMNS}
+    return {**row, "seconds": f"{time.monotonic() - started:.1f}"}
 
 
 COLUMNS = {"f1": "edge F1", "pooled_f1": "pooled F1", "r2": "individual R²", "skill": "skill", "team_nmse": "team NMSE"}
 
 
-def show(rows: list[dict]) -> None:
+def show(rows: list[dict[str, str]]) -> None:
     """A Markdown table for each measure: problems down, methods across, mean ± standard deviation over the draws."""
     for column, title in COLUMNS.items():
-        methods = [m for m in METHODS if any(r["method"] == m and r[column] for r in rows)]
-        print(f"\n| {title} | " + " | ".join(methods) + " |\n|---" * 1 + "|---" * len(methods) + "|")
-        for name in ROWS:
-            cells = []
-            for method in methods:
-                values = [float(r[column]) for r in rows if (r["row"], r["method"]) == (name, method) and r[column]]
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
-            if any(cells):
-                print(f"| {name} | " + " | ".join(cells) + " |")
+        found: dict[tuple[str, str], list[float]] = {}
+        for row in rows:
+            if row[column]:
+                found.setdefault((row["row"], row["method"]), []).append(float(row[column]))
+        methods = [method for method in METHODS if any(key[1] == method for key in found)]
+        problems = [name for name in ROWS if any(key[0] == name for key in found)]
+        print()
+        cells = [[name, *(mean_std(found.get((name, method), []), 3) for method in methods)] for name in problems]
+        print_table([title, *methods], cells)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    usual = Args()
-    if min(args.draws, args.jobs, args.iterations, args.batch_size, args.hidden_dim) < 1:
-        print("identification.py: a number below 1 makes no sense for any of its flags; leave it out", file=sys.stderr)
-        raise SystemExit(2)
-    for name in ("iterations", "batch_size", "hidden_dim"):
-        if getattr(args, name) != getattr(usual, name) and not args.quick:
-            print(
-                f"identification.py: {RESULTS.name} holds the usual settings; give --quick with others", file=sys.stderr
-            )
-            raise SystemExit(2)
-    rows: list[dict] = []
-    if RESULTS.exists() and not args.quick:
-        with open(RESULTS) as file:
-            rows = list(csv.DictReader(file))
-    there = {(r["row"], r["method"], int(r["draw"])) for r in rows}
+    for name, value in vars(args).items():
+        if value < 1 and type(value) is int:
+            fail(f"--{name.replace('_', '-')} is {value}, expected a number from 1")
+        if name in ("iterations", "batch_size", "hidden_dim") and value != getattr(Args, name) and not args.quick:
+            fail(f"{PATH.name} holds rows with the default --{name.replace('_', '-')}; give --quick beside another one")
+    rows = [] if args.quick else read(PATH)
+    there = {(row["row"], row["method"], int(row["draw"])) for row in rows}
     wanted = [(n, m, s) for s in range(1, args.draws + 1) for n in ROWS for m in METHODS]
     wanted = [key for key in wanted if key[1] in METHODS[:2] or key[0] in COMPARED]
     wanted.sort(key=lambda key: (ROWS[key[0]]["agents"] == 10, key[1] not in METHODS[:2]))  # the slowest last
     if args.quick:
         args.iterations, wanted = min(args.iterations, 1000), [(n, m, 1) for n, m in QUICK]
     todo = [] if args.show else [key for key in wanted if key not in there]
-    if not todo:
-        show(rows)
-        raise SystemExit
-    with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="fit", smoothing=0) as progress:
-        try:
-            for future in as_completed([pool.submit(job, *key, args) for key in todo]):
-                rows.append(future.result())
-                progress.update()
-                if not args.quick:
-                    new = not RESULTS.exists()
-                    with open(RESULTS, "a", newline="") as file:
-                        table = csv.DictWriter(file, rows[-1].keys(), lineterminator="\n")
-                        table.writerows([dict(zip(rows[-1], rows[-1], strict=True))] * new + [rows[-1]])
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True, wait=False)
-            print(f"identification.py: stopped; the rows so far are in {RESULTS}", file=sys.stderr)
-            raise SystemExit(130) from None
+    if todo:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that leaving `with` ends the processes
+        with multiprocessing.Pool(args.jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            try:
+                fits = pool.imap_unordered(functools.partial(job, args=args), todo)
+                for row in tqdm(fits, total=len(todo), unit="fit", smoothing=0):
+                    rows.append(row)
+                    if not args.quick:
+                        add(PATH, row)
+            except KeyboardInterrupt:
+                print(f"identification.py: stopped; the rows so far are in {PATH}", file=sys.stderr)
+                raise SystemExit(130) from None
     show(rows)

@@ -1,32 +1,34 @@
 """Draw what a run with `--credit macca` has learned: its causal graph, and its credit in one episode of its policy.
 
-python paper/pictures.py runs/RUN        # -> RUN/edges.png (the paper's Figure 3), RUN/credit.png, RUN/episode.gif
+    python paper/pictures.py runs/RUN        # -> RUN/credit.png, RUN/episode.gif, RUN/edges.png (the paper's Figure 3)
+
+The last one needs the run's edges.npz, which paper/edges.py records.
 """
 
+import importlib
 import itertools
 import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import gymnasium
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from edges import SCRIPTS
 from matplotlib.animation import PillowWriter
 from matplotlib.patches import Circle
+from pettingzoo.utils import BaseParallelWrapper
+from rows import ROOT, fail
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from causal_model import CausalModel
+sys.path.insert(0, str(ROOT))
 from data import mpe
-from macca_omar import Actor, fail, make_env  # the same in all three scripts
 
 
 @dataclass
@@ -57,16 +59,17 @@ def dimension_names(env: str, agents: int, state_dim: int, action_dim: int, join
     return state, [(f"agent {i}", "", move) for i in numbers for move in moves]
 
 
-def draw_edges(path: Path, edges: dict[int, torch.Tensor], state_names: list, action_names: list, h: float) -> None:
-    """The paper's Figure 3: every edge's probability at up to four moments, the first and the last among them."""
-    recorded, states = sorted(edges), len(state_names)
-    moments = [recorded[i] for i in sorted(set(np.linspace(0, len(recorded) - 1, 4).round().astype(int)))]
-    agents, rows = len(edges[recorded[0]]), len(moments)
+def draw_edges(
+    path: Path, iterations: np.ndarray, edges: np.ndarray, state_names: list, action_names: list, h: float
+) -> None:
+    """The paper's Figure 3: edges [moments, N, S + N A] at up to four moments, the first and the last among them."""
+    moments = np.unique(np.linspace(0, len(edges) - 1, 4).round().astype(int))
+    states, agents, rows = len(state_names), edges.shape[1], len(moments)
     widths = [states, min(max(2 * len(action_names), states / 6), states)]
     size = (13, 1.9 + rows * max(0.8, 0.26 * agents))
     figure, panels = plt.subplots(rows, 2, squeeze=False, figsize=size, width_ratios=widths, layout="constrained")
     for row, moment in enumerate(moments):
-        halves = np.split(edges[moment].numpy(), [states], axis=1)
+        halves = np.split(edges[moment], [states], axis=1)
         for axes, names, half, width in zip(panels[row], (state_names, action_names), halves, widths, strict=True):
             image = axes.imshow(half, cmap="viridis_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             axes.set(xticks=[], yticks=[])
@@ -87,7 +90,7 @@ def draw_edges(path: Path, edges: dict[int, torch.Tensor], state_names: list, ac
                 axes.set_xticks(shown, [names[d][2] for d in shown], rotation=turned, fontsize=7)
             axes.tick_params(length=0, pad=2)
         panels[row, 0].set_yticks(range(agents), [f"reward of agent {i + 1}" for i in range(agents)], fontsize=8)
-        panels[row, 0].set_ylabel(f"iteration\n{moment:,}", rotation=0, ha="right", va="center", labelpad=8)
+        panels[row, 0].set_ylabel(f"iteration\n{iterations[moment]:,}", rotation=0, ha="right", va="center", labelpad=8)
     panels[0, 0].set_title("edges from the state", pad=18)
     panels[0, 1].set_title("edges from the actions", pad=18)
     bar = figure.colorbar(image, ax=panels, fraction=0.02, pad=0.01)
@@ -97,33 +100,37 @@ def draw_edges(path: Path, edges: dict[int, torch.Tensor], state_names: list, ac
     figure.savefig(path, dpi=120)
 
 
-@torch.no_grad()
-def play(env, actor: Actor, causal_model: CausalModel, joint: bool, seed: int) -> tuple[np.ndarray, np.ndarray, list]:
-    """One episode of the deterministic policy: credit [T, N], the environment's rewards [T, N], and pictures.
+class Recorder(BaseParallelWrapper):
+    """Notes every step of the episodes that are played in an environment: as in a dataset, and as pictures."""
 
-    A picture (image, agents' positions) shows where a step ended, which is what its reward is paid for.
-    """
-    agents, credit, truth, pictures = env.possible_agents, [], [], []
-    blank, anything = np.zeros(env.observation_space(agents[0]).shape), np.ones(actor.action_dim, bool)
-    observations, infos = env.reset(seed=seed)
-    memory = torch.zeros(len(agents), actor.mean.shape[2] - len(blank))  # the last action, if the actor looks at it
-    while env.agents:
-        seen = torch.from_numpy(np.stack([observations.get(a, blank) for a in agents]).astype(np.float32))  # [N, O]
-        seen = torch.cat([seen, memory], dim=1)
-        masks = np.stack([infos.get(a, {}).get("action_mask", anything) for a in agents]).astype(bool)  # [N, A]
-        state = seen if joint else torch.as_tensor(env.state(), dtype=torch.float32)
-        chosen = actor.act(seen[:, None], torch.from_numpy(masks)[:, None])[:, 0]  # [N, A], or [N] where discrete
-        actions = dict(zip(agents, chosen.numpy(), strict=True))
-        observations, rewards, _, _, infos = env.step({a: actions[a] for a in env.agents})
-        truth.append([rewards.get(a, 0.0) for a in agents])
-        vectors = F.one_hot(chosen, actor.action_dim).float() if actor.discrete else chosen
-        team_reward = torch.tensor([sum(truth[-1])], dtype=torch.float32)
-        memory = vectors if memory.shape[1] else memory
-        alive = torch.from_numpy(masks.sum(1) > 1)[None] if actor.discrete else None  # the dead have one action left
-        credit.append(causal_model.assign(state.flatten()[None], vectors[None], team_reward, alive)[0].numpy())
-        if isinstance(env, mpe.ParticleEnv):
-            pictures.append((env.render(), env.positions_and_velocities()[0][: len(env.possible_agents)]))
-    return np.array(credit), np.array(truth), pictures
+    def __init__(self, env, joint: bool):
+        super().__init__(env)
+        self.joint, self.steps, self.pictures = joint, [], []
+
+    def reset(self, seed=None, options=None):
+        self.seen, self.infos = super().reset(seed, options)
+        return self.seen, self.infos
+
+    def step(self, actions):
+        agents = self.possible_agents  # of those that have left, what they see and do is 0
+        blank, idle = 0 * next(iter(self.seen.values())), 0 * next(iter(actions.values()))
+        step: dict[str, Any] = {"observations": [self.seen.get(agent, blank) for agent in agents]}
+        step |= {} if self.joint else {"states": self.state()}
+        step["actions"] = [actions.get(agent, idle) for agent in agents]
+        step["alive"] = [np.sum(self.infos.get(agent, {}).get("action_mask", 2)) > 1 for agent in agents]
+        self.seen, rewards, *ends, self.infos = super().step(actions)
+        step["individual_rewards"] = [rewards.get(agent, 0.0) for agent in agents]
+        self.steps.append(step)
+        if isinstance(self.env, mpe.ParticleEnv):  # what the step's reward is paid for: where the step ended
+            self.pictures.append((self.env.render(), self.env.positions_and_velocities()[0][: len(agents)]))
+        return self.seen, rewards, *ends, self.infos
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """The steps as a batch of transitions, as far as credit needs it."""
+        arrays = {name: np.array([step[name] for step in self.steps]) for name in self.steps[0]}
+        arrays["rewards"] = arrays["individual_rewards"].sum(1)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 def draw_credit(path: Path, credit: np.ndarray, truth: np.ndarray, seed: int) -> None:
@@ -180,45 +187,49 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     out = args.out or args.run
     try:
-        trained = json.loads((args.run / "config.json").read_text())["args"]
-        if trained["credit"] != "macca":
-            fail(f"{args.run} was trained with --credit {trained['credit']}; only macca trains a causal model to draw")
+        config = json.loads((args.run / "config.json").read_text())["args"]
+        if config["credit"] != "macca":
+            fail(f"{args.run} was trained with --credit {config['credit']}; only macca trains a causal model to draw")
         checkpoint = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        causal, edges = checkpoint["causal_model"], checkpoint["edges"]
-        networks = [(name.split(".", 1), weight) for name, weight in checkpoint["networks"].items() if "." in name]
-        weights = {name: weight for (network, name), weight in networks if network == "actor"}
-        agents, observation_dim, hidden_dim = weights["layer1.weight"].shape
-        action_dim = weights["layer3.bias"].shape[2]
-        # A state of observations side by side has their statistics; one that the dataset brought has others.
-        seen, state_mean = weights["mean"].flatten(), causal["state_mean"]
-        joint = len(seen) == len(state_mean) and torch.allclose(seen, state_mean, rtol=1e-3, atol=1e-4)
-        names = dimension_names(trained["env"], agents, len(state_mean), action_dim, joint)
-        causal_model = CausalModel(agents, len(state_mean), action_dim, trained["graph"], h=trained["h"])
-        causal_model.load_state_dict(causal)
+        script: Any = importlib.import_module(Path(SCRIPTS[SCRIPTS.index(checkpoint["script"])]).stem)
+        trained = script.Args(**{**config, "cuda": False})
+        env = script.make_env(trained.env)
+        data, metadata = script.load_dataset(script.dataset_path(trained), trained, env)
+        nets, causal_model, _ = script.build(trained, env, data, metadata)
+        nets.load_state_dict(checkpoint["nets"])
+        causal_model.load_state_dict(checkpoint["causal_model"])
+        graph = args.run / "edges.npz"
+        recorded = dict(np.load(graph, allow_pickle=False)) if graph.exists() else {}
     except Exception as error:  # torch raises many kinds here
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fail(f"{args.run} is no run folder that can be drawn ({reason}); expected one that a MACCA script has written")
+
+    joint, particles = "states" not in data, trained.env.startswith("mpe/")
+    if particles:
+        env = mpe.parallel_env(trained.env.removeprefix("mpe/"), render_mode="rgb_array")
+    recorder = Recorder(env, joint)
+    try:
+        script.evaluate(recorder, nets, 1, args.episode_seed)
+        batch = recorder.batch()
+        credit = script.assign_credit(batch, trained, causal_model, nets.action_dim).numpy()  # [T, N]
+    except Exception as error:  # whatever somebody else's environment may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"no episode of {trained.env} can be played with the policy of {args.run} ({reason})")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        draw_edges(out / "edges.png", edges, *names, trained["h"])
-        print(out / "edges.png")
-        env, particles = make_env(trained["env"]), trained["env"].startswith("mpe/")
-        if particles:
-            env = mpe.parallel_env(trained["env"].removeprefix("mpe/"), render_mode="rgb_array")
-        discrete = isinstance(env.action_space(env.possible_agents[0]), gymnasium.spaces.Discrete)
-        actor = Actor(agents, observation_dim, action_dim, hidden_dim, discrete)
-        actor.load_state_dict(weights)
-        try:
-            credit, truth, pictures = play(env, actor, causal_model, joint, args.episode_seed)
-        except Exception as error:  # whatever somebody else's environment may raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            fail(f"no episode of {trained['env']} can be played with the policy of {args.run} ({reason})")
+        if recorded:
+            names = dimension_names(trained.env, credit.shape[1], causal_model.state_dim, nets.action_dim, joint)
+            draw_edges(out / "edges.png", recorded["iterations"], recorded["edges"], *names, trained.h)
+            print(out / "edges.png")
+        else:
+            print("no edges.png: the run has no edges.npz, which paper/edges.py records")
+        truth = batch["individual_rewards"].numpy()
         draw_credit(out / "credit.png", credit, truth, args.episode_seed)
         print(out / "credit.png")
         if particles:
-            draw_episode(out / "episode.gif", credit, truth, pictures, env.world.agents[0].size)
+            draw_episode(out / "episode.gif", credit, truth, recorder.pictures, env.world.agents[0].size)
             print(out / "episode.gif")
         else:
-            print(f"no episode.gif: of the environments only the mpe tasks can be rendered, not {trained['env']}")
+            print(f"no episode.gif: of the environments only the mpe tasks can be rendered, not {trained.env}")
     except OSError as error:
         fail(f"the pictures cannot be written to {out} ({error}); give another folder with --out")

@@ -9,7 +9,6 @@ Times start after a burn-in; figures compared with each other are measured in tu
 """
 
 import importlib
-import json
 import resource
 import statistics
 import sys
@@ -18,16 +17,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
+from rows import ROOT
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from causal_model import CausalModel, owners
+sys.path.insert(0, str(ROOT))
 from data import mpe
 
 
@@ -53,27 +51,25 @@ class Args:
     """measure joint steps of the particle tasks instead, observations and rewards included"""
 
 
-def made_up(path: Path, steps: int, args: Args, env) -> None:
+def made_up(path: Path, steps: int, script, env) -> None:
     """A dataset of the environment's shapes, filled with noise, episodes of 25; with joint states where discrete."""
-    noise, agents = np.random.default_rng(0), len(env.possible_agents)
-    space, seen = env.action_space(env.possible_agents[0]), env.observation_space(env.possible_agents[0]).shape
+    noise, (agents, observation_dim, action_dim, discrete) = np.random.default_rng(0), script.sizes(env)
     individual = noise.standard_normal((steps, agents), dtype=np.float32)
     timeouts = np.arange(1, steps + 1) % 25 == 0
     timeouts[-1] = True
     arrays = {
-        "observations": noise.standard_normal((steps, agents, *seen), dtype=np.float32),
-        "final_observations": noise.standard_normal((int(timeouts.sum()), agents, *seen), dtype=np.float32),
+        "observations": noise.standard_normal((steps, agents, observation_dim), dtype=np.float32),
+        "final_observations": noise.standard_normal((timeouts.sum(), agents, observation_dim), dtype=np.float32),
         "rewards": individual.sum(1),
         "individual_rewards": individual,
         "terminals": np.zeros(steps, bool),
         "timeouts": timeouts,
-        "metadata": json.dumps({"env": args.env}),
     }
-    if isinstance(space, gymnasium.spaces.Discrete):
-        arrays["actions"] = noise.integers(space.n, size=(steps, agents))
+    if discrete:
+        arrays["actions"] = noise.integers(action_dim, size=(steps, agents))
         arrays["states"] = noise.standard_normal((steps, *env.state_space.shape), dtype=np.float32)
     else:
-        arrays["actions"] = noise.uniform(-1, 1, (steps, agents, *space.shape)).astype(np.float32)
+        arrays["actions"] = noise.uniform(-1, 1, (steps, agents, action_dim)).astype(np.float32)
     np.savez(path, **arrays)
 
 
@@ -127,43 +123,27 @@ if __name__ == "__main__":
     if args.physics:
         physics(args.rounds)
         raise SystemExit
-    base = importlib.import_module(args.script)
-    settings = {
-        c: base.Args(env=args.env, dataset=args.dataset, credit=c, batch_size=args.batch_size)
-        for c in ("team", "macca")
-    }
-    env = base.make_env(args.env)
+    script: Any = importlib.import_module(args.script)
+    common = {"env": args.env, "dataset": args.dataset, "batch_size": args.batch_size, "cuda": args.cuda}
+    settings = {credit: script.Args(credit=credit, **common) for credit in ("team", "macca")}
+    script.check_args(settings["macca"])
+    env = script.make_env(args.env)
     with tempfile.TemporaryDirectory() as folder:
-        path = base.dataset_path(settings["team"])
+        path = script.dataset_path(settings["macca"])
         if args.transitions:
-            path = Path(folder) / "made-up.npz"
-            made_up(path, args.transitions, args, env)
-        data, metadata = base.load_dataset(path, settings["team"], env)
+            path = Path(folder, "made-up.npz")
+            made_up(path, args.transitions, script, env)
+        data, metadata = script.load_dataset(path, settings["macca"], env)
     device = torch.device("cuda" if args.cuda else "cpu")
-    data = {name: tensor.to(device) for name, tensor in base.hold_out(data)[0].items()}
-    observations, space = data["observations"], env.action_space(env.possible_agents[0])
-    agents, observation_dim = observations.shape[1:]
-    discrete = isinstance(space, gymnasium.spaces.Discrete)
-    action_dim = int(space.n) if discrete else space.shape[0]
-    nets = base.Networks(agents, observation_dim, action_dim, discrete, settings["team"]).to(device)
-    nets.fit_statistics(observations, data["terminals"] | ~data["next_alive"].all(1))
-    states, owner = data.get("states", observations.flatten(1)), metadata.get("state_owner")
-    if "states" not in data:
-        owner = owners(observations)
-    causal_model = CausalModel(agents, states.shape[1], action_dim, state_owner=owner).to(device)
-    causal_model.fit_statistics(states, data["rewards"])
-    optimizers = {
-        "causal": torch.optim.Adam(causal_model.parameter_groups(), fused=True),
-        "critic": torch.optim.Adam(nets.critic.parameters(), lr=1e-3, fused=True),
-        "actor": torch.optim.Adam(nets.actor.parameters(), lr=1e-3, fused=True),
-    }
-    batch = base.sample(data, args.batch_size)
+    data = {name: tensor.to(device) for name, tensor in script.hold_out(data)[0].items()}
+    nets, causal_model, optimizers = script.build(settings["macca"], env, data, metadata)
+    batch = script.sample(data, args.batch_size)
 
     def update(credit: str) -> Callable:
-        return lambda: base.update(batch, nets, causal_model, optimizers, settings[credit], True, credit == "macca")
+        return lambda: script.update(batch, nets, causal_model, optimizers, settings[credit], True, credit == "macca")
 
     functions = {
-        "sampling": lambda: base.sample(data, args.batch_size),
+        "sampling": lambda: script.sample(data, args.batch_size),
         "team": update("team"),
         "macca": update("macca"),
     }

@@ -58,12 +58,12 @@ def test_measures():
 
 def test_quick_run():
     """`--quick` names the winner: our graph finds every edge, the word-for-word masks and the even split do not."""
-    before = bench.RESULTS.read_bytes()
+    before = bench.PATH.read_bytes()
     done = subprocess.run(
         [sys.executable, str(ROOT / "paper" / "identification.py"), "--quick"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert bench.RESULTS.read_bytes() == before
+    assert bench.PATH.read_bytes() == before
     tables = {}
     for block in done.stdout.strip().split("\n\n"):
         head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]

@@ -1,0 +1,57 @@
+"""Train with one of the scripts and record its causal graph, which paper/pictures.py draws (the paper's Figure 3).
+
+    python paper/edges.py macca_icq.py --dataset expert --eval-interval 500      # the script's own arguments follow it
+    python paper/pictures.py runs/RUN
+
+The run folder gets an edges.npz: `edges` [moments, N, S + N A], the mean probability of every edge, and `iterations`
+[moments]. The moments are the beginning, on the first minibatch, and every evaluation, on the held-out transitions.
+"""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rows import ROOT, fail, read
+
+sys.path.insert(0, str(ROOT))
+from causal_model import CausalModel
+
+SCRIPTS = ["macca_cql.py", "macca_omar.py", "macca_icq.py"]
+edges: list[np.ndarray] = []
+
+
+def recording(method: Callable, always: bool) -> Any:
+    """A method of the causal model that first notes the mean probability of every edge: `always`, or once only."""
+
+    def wrapper(self, state, action, *rest):
+        if always or not edges:
+            edges.append(torch.cat(self.probabilities(state, action), dim=2).mean(0).cpu().numpy())
+        return method(self, state, action, *rest)
+
+    return wrapper
+
+
+if __name__ == "__main__":
+    name = Path(sys.argv[1]).name if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit
+    if name not in SCRIPTS:
+        fail(f"the first argument is {name}, expected one of {', '.join(SCRIPTS)}")
+    if any(word.startswith("--resume") for word in sys.argv):
+        fail("a resumed run has no edges of its first part; start a new run")
+    CausalModel.loss = recording(CausalModel.loss, always=False)  # the first one: nothing is learned yet
+    CausalModel.report = recording(CausalModel.report, always=True)  # in an evaluation
+    sys.argv = sys.argv[1:]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    finally:  # an interrupted run keeps its edges too
+        runs = sorted(Path("runs").glob(f"*-{os.getpid()}"))
+        if edges and runs:
+            iterations = [0, *(int(row["iteration"]) for row in read(runs[-1] / "metrics.csv"))]
+            np.savez(runs[-1] / "edges.npz", iterations=iterations, edges=np.array(edges[: len(iterations)]))
