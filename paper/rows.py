@@ -23,6 +23,11 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def dataset_path(env: str, dataset: str) -> Path:
+    """The file that a script's --env and --dataset name."""
+    return Path(dataset) if dataset.endswith(".npz") else ROOT / "data" / "datasets" / env / f"{dataset}.npz"
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a CSV file, none if it does not exist. A last line without its newline was cut off: it is dropped."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""

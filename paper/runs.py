@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import rows
 import tyro
-from rows import RESULTS, ROOT, Row, add, by_label, fail, mean_interval, mean_std, numbers, paired, print_table, read
 from tables import TABLES
 from tqdm import tqdm
 
@@ -59,17 +59,16 @@ class Printing:
 
 
 def dataset(command: str) -> Path:
-    """The file that a script's --env and --dataset name."""
+    """The file that a command trains on."""
     words = command.split()
     env = words[words.index("--env") + 1] if "--env" in words else "mpe/simple_spread"
-    name = words[words.index("--dataset") + 1] if "--dataset" in words else "expert"
-    return ROOT / "data" / "datasets" / env / f"{name}.npz"
+    return rows.dataset_path(env, words[words.index("--dataset") + 1] if "--dataset" in words else "expert")
 
 
 def commit() -> str:
     """The commit of this checkout, nothing where there is no git."""
     try:
-        git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        git = ["git", "-C", str(rows.ROOT), "rev-parse", "HEAD"]
         return subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
@@ -86,20 +85,20 @@ class Training:
         script, *arguments = command.split()
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / script), *arguments],
+                [sys.executable, str(rows.ROOT / script), *arguments],
                 cwd=self.folder.name,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
 
-    def row(self) -> Row:
+    def row(self) -> rows.Row:
         """What a finished run found: scores of the last and the best policy, and what the run depends on."""
         (run,) = Path(self.folder.name, "runs").iterdir()
         config = json.loads((run / "config.json").read_text())
         with open(run / "metrics.csv") as file:
-            rows = list(csv.DictReader(file))
-        last, best = rows[-1], max(rows[:-1] or rows, key=lambda row: float(row["return"]))
+            evaluations = list(csv.DictReader(file))
+        last, best = evaluations[-1], max(evaluations[:-1] or evaluations, key=lambda row: float(row["return"]))
         with np.load(dataset(self.command), allow_pickle=False) as file:
             metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
         if {"paper_random_return", "paper_expert_return"} <= metadata.keys():
@@ -114,7 +113,7 @@ class Training:
             **{name: last.get(name, "") for name in KEPT},
             "best_score": best.get("score", ""),
             "best_return": best["return"],
-            "curve": " ".join(f"{row['iteration']}:{float(row['return']):.1f}" for row in rows),
+            "curve": " ".join(f"{row['iteration']}:{float(row['return']):.1f}" for row in evaluations),
             "wall_seconds": f"{time.monotonic() - self.started:.0f}",
             "versions": " ".join(f"{name} {number}" for name, number in versions.items()),
             "commit": self.commit,
@@ -125,15 +124,15 @@ class Training:
 def run_missing(table: str, jobs: int, only: str = "") -> None:
     """Run what a table's file lacks. SIGTERM and Ctrl-C end the trainings too."""
     seeds, commands = TABLES[table]
-    path = RESULTS / f"{table}.csv"
+    path = rows.RESULTS / f"{table}.csv"
     if only not in ("", *commands):
-        fail(f"{table} has no row {only}; choose one of: {'; '.join(commands)}")
-    there = {row["command"] for row in read(path)}
+        rows.fail(f"{table} has no row {only}; choose one of: {'; '.join(commands)}")
+    there = {row["command"] for row in rows.read(path)}
     todo = [(label, seed, f"{commands[label]} --seed {seed}") for seed in seeds for label in commands]
     todo = [run for run in todo if only in ("", run[0]) and f"python {run[2]}" not in there]
     for _, _, command in todo:  # better now than after hours
         if not dataset(command).is_file():
-            fail(f"{dataset(command)} is missing; data/README.md says which command makes it")
+            rows.fail(f"{dataset(command)} is missing; data/README.md says which command makes it")
 
     running: list[Training] = []
     failures, signals = [], []
@@ -151,7 +150,7 @@ def run_missing(table: str, jobs: int, only: str = "") -> None:
                     reason = next((line for line in reversed(said) if line.strip()), "it said nothing")
                     failures.append(f"{training.command} ended with status {training.process.returncode} ({reason})")
                 else:
-                    add(path, training.row())
+                    rows.add(path, training.row())
                 training.folder.cleanup()
                 progress.update()
     finally:
@@ -171,35 +170,35 @@ def run_missing(table: str, jobs: int, only: str = "") -> None:
         print(f"{Path(sys.argv[0]).name}: stopped; the rows so far are in {path}", file=sys.stderr)
         raise SystemExit(128 + signals[0])
     if failures:
-        fail(f"{len(failures)} runs failed, the others are in {path}; the first: {failures[0]}")
+        rows.fail(f"{len(failures)} runs failed, the rows of the others are in {path}; the first failure: {failures[0]}")
 
 
 def show(table: str) -> None:
     """Print a table: mean and standard deviation over seeds, and the paired difference to the first row."""
-    commands, runs = TABLES[table][1], by_label(table)
+    commands, runs = TABLES[table][1], rows.by_label(table)
     labels = [label for label in commands if label in runs]
     if not labels:
-        fail(f"{table} has no rows yet; run it without --show")
+        rows.fail(f"{table} has no rows yet; run it without --show")
     first = runs[labels[0]]
-    column = "score" if any(numbers(runs[label], "score") for label in labels) else "return"
+    column = "score" if any(rows.numbers(runs[label], "score") for label in labels) else "return"
     head = ["", "seeds", "iterations", "last policy", "best evaluation"]
     body, older = [], []
     for label in labels:
-        rows, skill = runs[label], numbers(runs[label], "credit_skill")
+        seeds, skill = runs[label], rows.numbers(runs[label], "credit_skill")
         body.append(
             [
                 label,
-                str(len(rows)),
-                "/".join(sorted({row["iterations"] for row in rows.values()})),
-                mean_std(numbers(rows, column)),
-                mean_std(numbers(rows, f"best_{column}")),
-                mean_interval(paired(rows, first, column)),
+                str(len(seeds)),
+                "/".join(sorted({row["iterations"] for row in seeds.values()})),
+                rows.mean_std(rows.numbers(seeds, column)),
+                rows.mean_std(rows.numbers(seeds, f"best_{column}")),
+                rows.mean_interval(rows.paired(seeds, first, column)),
                 f"{statistics.mean(skill):.2f}" if skill else "",
             ]
         )
-        if any(row["command"] != f"python {commands[label]} --seed {seed}" for seed, row in rows.items()):
+        if any(row["command"] != f"python {commands[label]} --seed {seed}" for seed, row in seeds.items()):
             older.append(label)
-    print_table([*head, f"minus {labels[0]} (95 % interval)", "credit skill"], body)
+    rows.print_table([*head, f"minus {labels[0]} (95 % interval)", "credit skill"], body)
     if older:
         print(f"\nThese rows were recorded with another command than paper/tables.py has now: {'; '.join(older)}.")
 
@@ -207,7 +206,7 @@ def show(table: str) -> None:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.table not in TABLES:
-        fail(f"there is no table {args.table}; choose one of {', '.join(TABLES)}")
+        rows.fail(f"there is no table {args.table}; choose one of {', '.join(TABLES)}")
     if args.commands:
         for label, command in TABLES[args.table][1].items():
             print(f"# {label}\npython {command}")
