@@ -1,19 +1,19 @@
-"""Trains behaviour policies on SMAX (data/smax.py) and records offline datasets with them.
+"""Train behaviour policies on SMAX (data/smax.py), and record offline datasets with them.
 
-    python data/collect_smax.py --map 2s3z --quality medium      # 250,000 transitions, with the shipped weights
-    python data/collect_smax.py --all                            # every SMAX dataset of data/README.md
-    python data/collect_smax.py --map 2s3z --train --overwrite   # makes the weights anew
+    python data/collect_smax.py --env smax/2s3z --quality medium      # 250,000 transitions, with the shipped weights
+    python data/collect_smax.py --all                                 # every SMAX dataset of data/README.md
+    python data/collect_smax.py --env smax/2s3z --train --overwrite   # train the weights again
 
-The algorithm is PQN (Gallici et al. 2024, https://arxiv.org/abs/2407.04811): Q-learning on many battles at once, with
-Q(lambda) targets, layer normalisation and neither replay buffer nor target network; the team's value is the sum of the
-living agents' (VDN), so the team reward is all it needs. One network serves all agents, on what the agent sees, its
-last action and its number; actions that the masks forbid are never taken nor looked at. The qualities:
+The algorithm is PQN (Gallici et al. 2024, https://arxiv.org/abs/2407.04811): Q-learning on many battles at a time, with
+Q(lambda) targets and layer normalisation, without replay buffer and target network. The team's value is the sum of the
+living agents' values (VDN), so the team reward is enough. One network serves all agents. Its input is the observation,
+which ends with the last action, and the agent's number. Actions that the masks forbid are never considered.
 
-    expert         the policy of the training that won most often
-    medium         the policy before it whose win rate came closest to half of the expert's
-    medium-replay  battles of the training, as they were played, until the medium policy was reached
+    expert         the policy that won most often in the training
+    medium         the earlier policy whose win rate is closest to half of the expert's
+    medium-replay  the battles of the training as they were played, until the medium policy
 
-The file format is described in data/README.md. `individual_rewards`: data/smax.py says who earns what.
+data/README.md describes the file format, data/smax.py who earns what (`individual_rewards`).
 """
 
 import csv
@@ -21,9 +21,7 @@ import dataclasses
 import json
 import os
 import sys
-import zipfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,76 +29,99 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that `python data/collect_smax.py` finds the package `data`
-from data.collect import episode_returns, fail, save  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the package `data` is
+from data import files
 
 if __name__ == "__main__" and hasattr(os, "sched_setaffinity"):
-    # On one core, before JAX is imported: with more it takes sums in another order, and a training ends elsewhere.
+    # On one core, set before JAX is imported: on more it adds in another order, and a training ends differently.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 try:
     from data.smax import Battle
 except ImportError as missing:
-    fail(str(missing))
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
+    files.fail(str(missing))
+import jax
+import jax.numpy as jnp
+import optax
 
-MAPS = ("2s3z", "5m_vs_6m", "6h_vs_8z")
-QUALITIES = ("medium-replay", "medium", "expert")
-WORLDS = 256  # battles that are played side by side
+ALL = [
+    (f"smax/{name}", quality)
+    for name in ("2s3z", "5m_vs_6m", "6h_vs_8z")
+    for quality in ("medium-replay", "medium", "expert")
+]
+SCRIPT = "collect_smax.py"
+WORLDS = 256  # battles that are played at a time
 STEPS = 32  # of each battle between two rounds of updates
-LIMIT = 100  # steps after which SMAX cuts a battle short
+LIMIT = 100  # steps of a battle at most
 
 
 @dataclass
 class Args:
-    map: str = "2s3z"
-    """the SMAX map"""
+    env: str = "smax/2s3z"
+    """the environment: smax/ and a map of SMAX"""
     quality: Literal["medium-replay", "medium", "expert"] = "expert"
     """which policy acts in the dataset"""
     transitions: int = 250_000
     """size of the dataset, rounded down to whole battles"""
     noise: float = 0.05
-    """share of random moves of medium and expert"""
+    """medium, expert: fraction of random moves"""
     seed: int = 0
     """the same seed, machine and package versions give the same dataset"""
     output: Path | None = None
-    """the file to write, by default data/datasets/smax/<map>/<quality>.npz; with --train a folder, data/policies/..."""
+    """the file to write, by default data/datasets/ENV/QUALITY.npz; with --train a folder, data/policies/ENV"""
     overwrite: bool = False
-    """replace the file (or, with --train, the policies) if it exists"""
+    """replace the file (with --train: the policies) if it exists"""
     all: bool = False
-    """record the three datasets of the three maps that are not there, whatever --map, --quality and --output say"""
+    """record every dataset of data/README.md that is missing; replace other files only with --overwrite"""
     train: bool = False
-    """train the behaviour policies and write data/policies/smax/<map>/ instead of recording a dataset"""
+    """train the behaviour policies and write data/policies/ENV/ instead of recording a dataset"""
 
-    # Training (used by --train; medium-replay takes the settings with which its medium policy was trained)
+    # Training (--train; medium-replay uses the settings that its medium policy was trained with)
     train_transitions: int = 4_000_000
     """steps of training, over all battles"""
     hidden_dim: int = 128
     """width of the two hidden layers"""
     learning_rate: float = 1e-3
-    """Adam's, falling linearly to a tenth at the end of training"""
+    """Adam's learning rate; it falls linearly to a tenth"""
     gamma: float = 0.99
-    """discount"""
+    """discount factor"""
     trace: float = 0.85
     """lambda of the Q(lambda) targets"""
     exploration: float = 0.02
-    """share of random moves in training, after it fell from 1 over the first tenth"""
+    """fraction of random moves in training; it falls from 1 over the first tenth"""
     epochs: int = 2
-    """passes over what a round recorded"""
+    """passes over the transitions of a round"""
     minibatches: int = 8
     """updates in a pass"""
     eval_interval: int = 10
     """rounds between two evaluations of 256 battles"""
 
 
+def check_args(args: Args) -> None:
+    files.check_range(args, 1, np.inf, "transitions", "hidden_dim", "epochs", "minibatches", "eval_interval")
+    files.check_range(args, STEPS * WORLDS * args.eval_interval, np.inf, "train_transitions")
+    files.check_range(args, 1e-9, np.inf, "learning_rate")
+    files.check_range(args, 0, 1, "noise", "gamma", "trace", "exploration")
+    files.check_range(args, 0, 2**31 - 1, "seed")
+    if STEPS * WORLDS % args.minibatches:
+        files.fail(f"--minibatches is {args.minibatches}, expected a divisor of {STEPS * WORLDS}")
+    try:
+        make_battle(args.env)
+    except ValueError as error:
+        files.fail(f"--env is {args.env}: {error}")
+
+
+def make_battle(env: str) -> Battle:
+    if not env.startswith("smax/"):
+        raise ValueError("expected smax/ and a map")
+    return Battle(env.removeprefix("smax/"))
+
+
 # ---- network ----
 
 
 def make_network(key, inputs: int, hidden: int, outputs: int) -> dict[str, Any]:
-    """Two hidden layers, as weight_0, bias_0, ...: torch.nn.Linear's initialisation."""
+    """Two hidden layers, weight_0, bias_0, ..., initialised as torch.nn.Linear."""
     sizes, network = [(inputs, hidden), (hidden, hidden), (hidden, outputs)], {}
     for i, (fan_in, fan_out) in enumerate(sizes):
         key, wkey, bkey = jax.random.split(key, 3)
@@ -110,7 +131,7 @@ def make_network(key, inputs: int, hidden: int, outputs: int) -> dict[str, Any]:
     return network
 
 
-def q_values(network, inputs):  # [..., inputs] to [..., num_actions]
+def q_values(network, inputs):  # [..., inputs] -> [..., num_actions]
     x = inputs
     for i in range(2):
         x = x @ network[f"weight_{i}"] + network[f"bias_{i}"]
@@ -119,17 +140,16 @@ def q_values(network, inputs):  # [..., inputs] to [..., num_actions]
     return x @ network["weight_2"] + network["bias_2"]
 
 
-def network_inputs(observations, last_actions, num_actions: int):
-    """What an agent sees, its last action (none at first: -1) and its number: [..., N, obs_dim + num_actions + N]."""
+def network_inputs(observations):
+    """The observations [..., N, obs_dim] and each agent's number as one-hot: [..., N, obs_dim + N]."""
     number = jnp.broadcast_to(jnp.eye(observations.shape[-2]), (*observations.shape[:-1], observations.shape[-2]))
-    return jnp.concatenate([observations, jax.nn.one_hot(last_actions, num_actions), number], axis=-1)
+    return jnp.concatenate([observations, number], axis=-1)
 
 
-def choose(key, network, view, last_actions, noise):
-    """The best allowed action of each agent [N], or now and then any allowed one."""
+def choose(key, network, view, noise):
+    """The best allowed action of each agent [N], or any allowed action with probability `noise`."""
     noise_key, action_key = jax.random.split(key)
-    inputs = network_inputs(view.observations, last_actions, view.masks.shape[1])
-    best = jnp.where(view.masks, q_values(network, inputs), -jnp.inf).argmax(1)
+    best = jnp.where(view.masks, q_values(network, network_inputs(view.observations)), -jnp.inf).argmax(1)
     any_allowed = jax.random.categorical(action_key, jnp.where(view.masks, 0.0, -jnp.inf))
     return jnp.where(jax.random.uniform(noise_key, best.shape) < noise, any_allowed, best)
 
@@ -137,26 +157,20 @@ def choose(key, network, view, last_actions, noise):
 # ---- playing ----
 
 
-def one_step(battle: Battle, network, noise, key, world, view, last_actions):
-    """A battle a step on: world, view, actions, and what is recorded of it."""
+def one_step(battle: Battle, network, noise, key, world, view):
+    """One step of a battle: the next world, its view, and the row to record."""
     act_key, step_key = jax.random.split(key)
-    actions = choose(act_key, network, view, last_actions, noise)
+    actions = choose(act_key, network, view, noise)
     world, outcome = battle.step(step_key, world, actions)
-    after = battle.view(world)
+    after = battle.view(world, actions)
     row = {"observations": view.observations, "states": view.state, "actions": actions, "action_masks": view.masks}
-    row |= {"next_observations": after.observations, "next_action_masks": after.masks, "last_actions": last_actions}
-    row |= {"individual_rewards": outcome.earned, "rewards": outcome.reward, "won": outcome.won}
-    return world, after, actions, row | {"terminals": outcome.terminal, "timeouts": outcome.timeout}
-
-
-def begin(battle: Battle, key):
-    """A battle at its beginning: world, view, and last actions that are none."""
-    world = battle.reset(key)
-    return world, battle.view(world), jnp.full(battle.num_agents, -1, jnp.int32)
+    row |= {"next_observations": after.observations, "next_action_masks": after.masks, "won": outcome.won}
+    row |= {"individual_rewards": outcome.earned, "rewards": outcome.reward}
+    return world, after, row | {"terminals": outcome.terminal, "timeouts": outcome.timeout}
 
 
 def make_player(battle: Battle):
-    """play(network, key, noise): one whole battle in each of WORLDS worlds, as flat transitions, one after another."""
+    """play(network, key, noise): a whole battle in each of WORLDS worlds, as transitions, one battle after another."""
 
     def one(network, noise, key):
         key, reset_key = jax.random.split(key)
@@ -166,7 +180,7 @@ def make_player(battle: Battle):
             *now, row = one_step(battle, network, noise, key, *now)
             return (over | row["terminals"] | row["timeouts"], tuple(now)), row | {"counts": ~over}
 
-        carry = (jnp.zeros((), bool), begin(battle, reset_key))
+        carry = (jnp.zeros((), bool), battle.begin(reset_key))
         return jax.lax.scan(step, carry, jax.random.split(key, LIMIT))[1]
 
     run = jax.jit(jax.vmap(one, in_axes=(None, None, 0)))
@@ -180,34 +194,35 @@ def make_player(battle: Battle):
 
 
 def whole_battles(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Streams [T, W, ...] as flat transitions, world after world, without the battles that were still going on."""
+    """Streams [T, W, ...] as transitions, world after world, without the unfinished battles at the end."""
     ends = (rows["terminals"] | rows["timeouts"]).T  # [W, T]
     before_last_end = ends[:, ::-1].cumsum(1)[:, ::-1] > 0
     return {name: column.swapaxes(0, 1)[before_last_end] for name, column in rows.items()}
 
 
 def battle_totals(rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """For each battle its return (mean over agents, so the team's divided by their number) and whether it was won."""
-    return episode_returns(rows), rows["won"][rows["terminals"] | rows["timeouts"]]
+    """For each battle the return (mean over agents) and whether it was won."""
+    ends = rows["terminals"] | rows["timeouts"]
+    return files.episode_returns(rows["individual_rewards"].mean(axis=1, dtype=np.float64), ends), rows["won"][ends]
 
 
 # ---- training ----
 
 
 def make_trainer(battle: Battle, args: Args):
-    """train_round(state, key): STEPS steps in every world, then the updates on them; and the state to begin with."""
+    """(train_round, state): `train_round(state, key)` plays STEPS steps in every world and trains on them."""
     updates = args.epochs * args.minibatches * (args.train_transitions // (STEPS * WORLDS))
     optimizer = optax.chain(
         optax.clip_by_global_norm(10.0),
         optax.radam(optax.linear_schedule(args.learning_rate, args.learning_rate / 10, updates)),
     )
 
-    def team_value(network, inputs, masks, actions=None):  # -> [...]: the sum over the living (VDN)
+    def team_value(network, inputs, masks, actions=None):  # -> [...]: the sum over living agents (VDN)
         q = q_values(network, inputs)
         of_each = (
             jnp.where(masks, q, -jnp.inf).max(-1) if actions is None else jnp.take_along_axis(q, actions, -1)[..., 0]
         )
-        return jnp.where(masks.sum(-1) > 1, of_each, 0.0).sum(-1)  # the dead have one action, the living more
+        return jnp.where(masks.sum(-1) > 1, of_each, 0.0).sum(-1)  # dead agents have one action, living ones more
 
     def loss(network, batch):
         return jnp.square(team_value(network, batch["inputs"], batch["masks"], batch["actions"]) - batch["y"]).mean()
@@ -220,14 +235,14 @@ def make_trainer(battle: Battle, args: Args):
             step_key, reset_key = jax.random.split(key)
             *after, row = one_step(battle, state["network"], state["noise"], step_key, *now)
             over = row["terminals"] | row["timeouts"]
-            fresh = begin(battle, reset_key)
+            fresh = battle.begin(reset_key)
             return jax.tree.map(lambda new, old: jnp.where(over, new, old), fresh, tuple(after)), row
 
         worlds_keys = jax.vmap(lambda key: jax.random.split(key, WORLDS))(keys[:STEPS])  # [T, W]
         now, rows = jax.lax.scan(lambda now, keys: jax.vmap(step)(now, keys), state["now"], worlds_keys)
 
-        # Q(lambda) backwards in time, as in PQN: y = r + gamma [lambda y' + (1 - lambda) max Q'], random moves or not.
-        after = network_inputs(rows["next_observations"], rows["actions"], battle.num_actions)
+        # Q(lambda) backwards in time, as in PQN: y = r + gamma [lambda y' + (1 - lambda) max Q'], also at random moves.
+        after = network_inputs(rows["next_observations"])
         best_after = team_value(state["network"], after, rows["next_action_masks"])  # [T, W]
 
         def back(y_after, row):
@@ -239,8 +254,8 @@ def make_trainer(battle: Battle, args: Args):
         columns = (best_after, rows["rewards"], rows["terminals"], rows["timeouts"])
         y = jax.lax.scan(back, best_after[-1], columns, reverse=True)[1]
 
-        data = {"inputs": network_inputs(rows["observations"], rows["last_actions"], battle.num_actions)}
-        data |= {"masks": rows["action_masks"], "actions": rows["actions"][..., None], "y": y}
+        data = {"inputs": network_inputs(rows["observations"]), "masks": rows["action_masks"]}
+        data |= {"actions": rows["actions"][..., None], "y": y}
         data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data)
 
         def update(carry, chosen):
@@ -257,16 +272,15 @@ def make_trainer(battle: Battle, args: Args):
         return {"network": network, "optimizer": optimizer_state, "noise": noise, "transitions": done, "now": now}, rows
 
     network_key, reset_key = jax.random.split(jax.random.PRNGKey(args.seed))
-    inputs = battle.obs_dim + battle.num_actions + battle.num_agents
-    network = make_network(network_key, inputs, args.hidden_dim, battle.num_actions)
-    now = jax.vmap(lambda key: begin(battle, key))(jax.random.split(reset_key, WORLDS))
+    network = make_network(network_key, battle.obs_dim + battle.num_agents, args.hidden_dim, battle.num_actions)
+    now = jax.vmap(battle.begin)(jax.random.split(reset_key, WORLDS))
     state = {"network": network, "optimizer": optimizer.init(network), "now": now}
     return train_round, state | {"noise": jnp.ones(()), "transitions": jnp.zeros((), jnp.int32)}
 
 
 def train(args: Args, folder: Path) -> None:
-    """Writes the medium and the expert policy, the learning curve and the reference returns to `folder`."""
-    battle = Battle(args.map)
+    """Write the medium policy, the expert policy, the learning curve and the reference returns to `folder`."""
+    battle = make_battle(args.env)
     (train_round, state), play = make_trainer(battle, args), make_player(battle)
     key, judge_key = jax.random.PRNGKey(args.seed + 1), jax.random.PRNGKey(args.seed + 2)
     snapshots = []  # (transitions, win rate, return, network)
@@ -294,13 +308,14 @@ def train(args: Args, folder: Path) -> None:
         references[f"{quality}_return_standard_error"] = round(float(returns.std(ddof=1) / len(returns) ** 0.5), 4)
         print(f"{quality:>6}: won {won.mean():.2f}, return {returns.mean():.2f} ({len(won)} battles)")
     for quality, (transitions, _, _, network) in {"medium": medium, "expert": expert}.items():
-        origin = {"env": f"smax/{args.map}", "seed": args.seed, "training_transitions": transitions}
-        save(folder / f"{quality}.npz", network, origin | {"training": settings(args)})
-    with open(folder / "training.csv", "w", newline="") as file:
+        origin = {"env": args.env, "seed": args.seed, "training_transitions": transitions}
+        files.save(folder / f"{quality}.npz", network, origin | {"training": settings(args)})
+    with files.replacing(folder / "training.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("transitions", "won", "eval_return"))
         table.writerows((steps, round(float(won), 4), round(float(score), 3)) for steps, won, score, _ in snapshots)
-    (folder / "references.json").write_text(json.dumps(references, indent=1) + "\n")
+    with files.replacing(folder / "references.json") as temporary:
+        temporary.write_text(json.dumps(references, indent=1) + "\n")
 
 
 def settings(args: Args) -> dict:
@@ -312,146 +327,57 @@ def settings(args: Args) -> dict:
 # ---- recording ----
 
 
-def load_policy(path: Path) -> tuple[dict[str, Any], dict]:
-    if not path.exists():
-        fail(f"{path} is missing: make the behaviour policies with --train.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            network = {name: jnp.asarray(file[name]) for name in file.files if name != "metadata"}
-            return network, json.loads(str(file["metadata"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        fail(f"{path} is not a policy that --train wrote ({error}): make it anew with --train --overwrite.")
-
-
-def record(args: Args, folder: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Flat transitions, at least as many as asked for (medium-replay: as there are), and where their policy is from."""
-    battle = Battle(args.map)
-    network, origin = load_policy(folder / ("expert.npz" if args.quality == "expert" else "medium.npz"))
-    parts: list[dict[str, np.ndarray]] = []
-    if args.quality == "medium-replay":  # the same training again, of which some of the worlds are kept
-        again = dataclasses.replace(args, **origin["training"], seed=origin["seed"])
-        train_round, state = make_trainer(battle, again)
-        rounds = origin["training_transitions"] // (STEPS * WORLDS)
-        kept = min(WORLDS, -(-args.transitions // (rounds * STEPS)) + 1)
-        for number in tqdm(range(1, rounds + 1), desc="training again", unit="round", mininterval=1):
-            state, rows = train_round(state, jax.random.fold_in(jax.random.PRNGKey(again.seed + 1), number))
-            parts.append({name: np.asarray(x[:, :kept]) for name, x in rows.items()})
-        return whole_battles({name: np.concatenate([p[name] for p in parts]) for name in parts[0]}), origin
-    play, key, recorded = make_player(battle), jax.random.PRNGKey(1000 + args.seed), 0
-    with tqdm(total=args.transitions, unit="step", unit_scale=True, desc="recording", mininterval=1) as progress:
-        while recorded < args.transitions:
-            parts.append(play(network, jax.random.fold_in(key, len(parts)), args.noise))
-            recorded += len(parts[-1]["rewards"])
-            progress.update(len(parts[-1]["rewards"]))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, origin
-
-
-def command(args: Args) -> str:
-    """What makes a dataset again."""
-    always, never = ("map", "quality", "transitions", "seed"), ("output", "overwrite", "all")
-    flags = [
-        f"--{key.replace('_', '-')} {value}"
-        for key, value in vars(args).items()
-        if key in always or (key not in never and value != getattr(Args, key))
-    ]
-    return " ".join(["python data/collect_smax.py", *flags])
-
-
-def write_dataset(args: Args, path: Path) -> None:
-    """Records what `args` ask for and writes it to `path`."""
-    folder = ROOT / "data" / "policies" / "smax" / args.map
-    data, origin = record(args, folder)
-    ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
-    battles = int((ends <= args.transitions).sum())
-    if not battles:
-        fail(f"--transitions {args.transitions} is less than one battle.")
-    data = {name: column[: ends[battles - 1]] for name, column in data.items()}
-    returns, won = battle_totals(data)
-    # Inside a battle the next observation is the next row's.
-    data["final_observations"] = data.pop("next_observations")[ends[:battles] - 1]
+def record(args: Args) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of a dataset, with at least as many rows as asked for if there are, and the collector's metadata."""
+    battle = make_battle(args.env)
+    quality = "expert" if args.quality == "expert" else "medium"
+    network, policy = files.load_policy(files.ROOT / "data" / "policies" / args.env / f"{quality}.npz")
+    if args.quality == "medium-replay":
+        data, noise = train_again(args, battle, policy), policy["training"]["exploration"]
+    else:
+        data, noise = play_rounds(args, battle, network), args.noise
+    ends = data["terminals"] | data["timeouts"]
+    recorded = np.flatnonzero(ends) < args.transitions  # the battles that will be in the file
+    about = {"noise": noise, "win_rate": float(data.pop("won")[ends][recorded].mean()) if recorded.any() else 0.0}
+    for name in ("observations", "action_masks"):
+        data[f"final_{name}"] = data.pop(f"next_{name}")[ends]  # within a battle they are the next row's
     data["actions"] = data["actions"].astype(np.int64)
     data["rewards"] = data["individual_rewards"].sum(axis=1)
-    del data["won"], data["last_actions"]
-    references = json.loads((folder / "references.json").read_text())
-    metadata = {
-        "schema_version": "1",
-        "env": f"smax/{args.map}",
-        "quality": args.quality,
-        "seed": args.seed,
-        "noise": args.noise if args.quality != "medium-replay" else origin["training"]["exploration"],
-        "command": command(args),
-        "transitions": len(data["rewards"]),
-        "episodes": battles,
-        "win_rate": float(won.mean()),
-        "episode_return_mean": float(returns.mean()),
-        "episode_return_std": float(returns.std()),
-        "episode_return_min": float(returns.min()),
-        "episode_return_max": float(returns.max()),
-        **{key: references[key] for key in references if key.startswith(("random_return", "expert_return"))},
-        "state_owner": Battle(args.map).state_owner,
-        "policy": origin,
-        "versions": {package: version(package) for package in ("numpy", "jax", "jaxmarl")},
-    }
-    save(path, data, metadata)
-    size = path.stat().st_size / 1e6
-    tqdm.write(f"{path}: {len(data['rewards'])} transitions, {battles} battles, {won.mean():.1%} won, {size:.1f} MB")
+    return data, about | {"state_owner": battle.state_owner, "policy": policy}
 
 
-def default_path(args: Args) -> Path:
-    return ROOT / "data" / "datasets" / "smax" / args.map / f"{args.quality}.npz"
+def play_rounds(args: Args, battle: Battle, network) -> dict[str, np.ndarray]:
+    """Battles of one policy, until there are enough transitions."""
+    parts, play, key, rows = [], make_player(battle), jax.random.PRNGKey(1000 + args.seed), 0
+    with tqdm(total=args.transitions, unit="step", unit_scale=True, desc="recording", mininterval=1) as progress:
+        while rows < args.transitions:
+            parts.append(play(network, jax.random.fold_in(key, len(parts)), args.noise))
+            rows += len(parts[-1]["rewards"])
+            progress.update(len(parts[-1]["rewards"]))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def train_again(args: Args, battle: Battle, policy: dict) -> dict[str, np.ndarray]:
+    """The battles of the training up to the medium policy, in as many worlds as are needed."""
+    training = dataclasses.replace(args, **policy["training"], seed=policy["seed"])
+    train_round, state = make_trainer(battle, training)
+    rounds = policy["training_transitions"] // (STEPS * WORLDS)
+    kept, parts = min(WORLDS, -(-args.transitions // (rounds * STEPS)) + 1), []
+    for number in tqdm(range(1, rounds + 1), desc="training again", unit="round", mininterval=1):
+        state, rows = train_round(state, jax.random.fold_in(jax.random.PRNGKey(training.seed + 1), number))
+        parts.append({name: np.asarray(x[:, :kept]) for name, x in rows.items()})
+    return whole_battles({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def main(args: Args) -> None:
-    for flag in (
-        "transitions",
-        "train_transitions",
-        "hidden_dim",
-        "learning_rate",
-        "epochs",
-        "minibatches",
-        "eval_interval",
-    ):
-        if not 0 < getattr(args, flag) < np.inf:
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a positive number.")
-    for flag in ("noise", "gamma", "trace", "exploration"):
-        if not 0 <= getattr(args, flag) <= 1:
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number from 0 to 1.")
-    if STEPS * WORLDS % args.minibatches:
-        fail(f"--minibatches {args.minibatches}: expected a divisor of {STEPS * WORLDS}.")
-    if args.train_transitions < STEPS * WORLDS * args.eval_interval:
-        fail(f"--train-transitions {args.train_transitions}: expected {STEPS * WORLDS * args.eval_interval} or more.")
-    if not 0 <= args.seed < 2**31:
-        fail(f"--seed {args.seed}: expected a number from 0 to {2**31 - 1}.")
-    try:
-        Battle(args.map)
-    except ValueError as error:
-        fail(f"--map: {error}")
-    if args.all:
-        for name in MAPS:
-            for quality in QUALITIES:
-                one = dataclasses.replace(args, all=False, map=name, quality=quality)
-                if args.overwrite or not default_path(one).exists():
-                    write_dataset(one, default_path(one))
-    elif args.train:
-        folder = args.output or ROOT / "data" / "policies" / "smax" / args.map
-        if folder.is_file():
-            fail(f"--output {folder}: with --train, expected the name of a folder.")
-        if (folder / "references.json").exists() and not args.overwrite:
-            fail(f"{folder} has policies already: add --overwrite to replace them, or choose another --output.")
-        train(args, folder)
-    else:
-        path = args.output or default_path(args)
-        if path.suffix != ".npz" or path.is_dir():
-            fail(f"--output {path}: expected the name of a file that ends in .npz.")
-        if path.exists() and not args.overwrite:
-            fail(f"{path} exists already: add --overwrite to replace it, or choose another --output.")
-        write_dataset(args, path)
+    check_args(args)
+    if args.train:
+        train(args, files.output_folder(args))
+        return
+    for one, path in files.outputs(args, SCRIPT, ALL):
+        data, about = record(one)
+        files.write_dataset(path, one, SCRIPT, data, about, ("numpy", "jax", "jaxmarl"))
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except OSError as error:
-        fail(f"{error.filename or 'file'}: {error.strerror or error}.")
-    except KeyboardInterrupt:
-        fail("interrupted; no file is left half written, and --all goes on where it stopped.")
+    files.run(lambda: main(tyro.cli(Args, description=__doc__)))

@@ -1,27 +1,26 @@
 """The particle tasks of the paper as PettingZoo parallel environments, on the physics of `mpe2`.
 
 The tasks are those of the offline multi-agent literature since OMAR (https://arxiv.org/abs/2111.11188). An action is
-the force in x and y, two numbers in [-1, 1]; an episode ends after 25 steps, always by truncation. The physics and the
-observations are mpe2's (in WORLD without leader and speech); the rewards, and that the prey belongs to the environment,
-are not:
+a force in x and y, two numbers in [-1, 1]. An episode ends after 25 steps, always by truncation. Physics and
+observations are mpe2's (in WORLD without leader and speech). Two things differ: the rewards, and the prey is part of
+the environment.
 
 - `simple_spread`, Cooperative Navigation (CN): the reward of agent i is the sum over landmarks of min(1 / distance of
-  the nearest agent, 10), minus 5 for every other agent that it touches. `simple_spread_discrete` has the moves none,
-  left, right, down, up instead (and action masks that allow all of them); `simple_spread_sparse` pays the team only
-  while every landmark has an agent of its own.
+  the nearest agent, 10), minus 5 for every other agent that it touches. `simple_spread_discrete` has five moves
+  instead: none, left, right, down, up. `simple_spread_sparse` pays only while every landmark has its own agent.
 - `simple_tag`, Predator-Prey (PP): three predators chase one faster prey among two obstacles. All predators get the
   same reward: minus 0.1 times the sum of their distances to the nearest prey, plus 10 for every predator on a prey.
 - `simple_world`, WORLD: four predators, two prey, an obstacle, food and two forests that hide who is inside. The reward
   is that of `simple_tag` with 5 for 10. `simple_world_3v1` has three predators and one prey, as OMAR's data have.
-- `simple_tag_local`, `simple_world_local`: a predator is rewarded for its own distance and its own contacts alone. The
-  team reward is then that of one predator in the original, and who earned what is a question with an answer.
+- `simple_tag_local`, `simple_world_local`: a predator is rewarded for its own distance and its own contacts only. The
+  team reward is then what one predator gets in the original, and it is known who earned it.
 
-The sum of the agents' rewards is the team reward. The prey plays a policy that was trained against the predators
-(data/policies/mpe/TASK/prey.npz); `parallel_env(task, prey="random")` draws its actions at random instead.
+The sum of the agents' rewards is the team reward. The prey plays a policy that was trained against predators
+(data/policies/mpe/TASK/prey.npz); with `parallel_env(task, prey="random")` it acts at random.
 
-A task is a class that says what is in the world, what is observed and what is earned, on arrays of positions with any
-number of leading dimensions. Two things play it: `ParticleEnv`, one world on mpe2's own physics, where policies are
-evaluated; and `BatchedEnv`, many worlds at once on the same equations in NumPy, where they are trained and recorded.
+A task is a class that says what is in the world, what agents observe and what they earn, on arrays of positions with
+any number of leading dimensions. Two classes play tasks: `ParticleEnv` plays one world on mpe2's own physics, to
+evaluate policies. `BatchedEnv` plays many worlds on the same equations in NumPy, to train and record.
 Source of the physics: https://github.com/Farama-Foundation/MPE2
 """
 
@@ -36,30 +35,30 @@ from mpe2._mpe_utils.core import Agent, Landmark, World
 from pettingzoo import ParallelEnv
 
 EPISODE_STEPS = 25
-DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3  # those of mpe2's World
+DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3  # from mpe2's World
 DISCRETE_FORCES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]], dtype=np.float64)  # none left right down up
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[..., A, 2] and [..., B, 2] to [..., A, B]"""
+    """[..., A, 2] and [..., B, 2] -> [..., A, B]"""
     dx = a[..., :, None, 0] - b[..., None, :, 0]
     dy = a[..., :, None, 1] - b[..., None, :, 1]
     return np.sqrt(dx * dx + dy * dy)
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where each of b [..., B, 2] is from each of a [..., A, 2], coordinates side by side: [..., A, 2 B]"""
+    """The positions b [..., B, 2] relative to each of a [..., A, 2], coordinates side by side: [..., A, 2 B]"""
     delta = b[..., None, :, :] - a[..., :, None, :]
     return delta.reshape(*delta.shape[:-2], -1)
 
 
 # ---- the tasks ----
-# In every task, N agents that learn, then P prey, then landmarks: M entities. `pos` is [..., M, 2], `vel` that of all
-# who move, [..., N + P, 2].
+# Every task has M entities: first N agents that learn, then P prey, then landmarks. `pos` is [..., M, 2], and `vel` of
+# those that move is [..., N + P, 2].
 
 
 class SimpleSpread:
-    """Cooperative Navigation: three agents cover three landmarks and avoid touching each other."""
+    """Cooperative Navigation: three agents cover three landmarks and must not touch each other."""
 
     num_agents, num_prey = 3, 0
     obs_dim = 18
@@ -68,7 +67,7 @@ class SimpleSpread:
     collides = np.array([True] * 3 + [False] * 3)  # [M]
     accel = np.full(3, 5.0)  # force per unit of action, [N + P]
     max_speed = np.full(3, np.inf)  # [N + P]
-    spread = np.ones(6)  # entities start anywhere within +- this, [M]
+    spread = np.ones(6)  # entities start in [-spread, spread], [M]
     colors = np.array([[0.35, 0.35, 0.85]] * 3 + [[0.25, 0.25, 0.25]] * 3)  # [M, 3]
     others = np.array([[1, 2], [0, 2], [0, 1]])  # the other agents of each agent
 
@@ -97,10 +96,10 @@ class SimpleSpreadDiscrete(SimpleSpread):
 
 
 class SimpleSpreadSparse(SimpleSpread):
-    """Cooperative Navigation with a team reward of 1 in every step that ends with an agent on each landmark, else 0.
+    """Cooperative Navigation where the team gets 1 in every step that ends with an agent on each landmark, else 0.
 
-    "On" means closer than 0.1, where mpe2 calls a landmark occupied and the dense reward reaches its cap; an agent
-    counts for one landmark only. The reward is the team's alone, so every agent gets its N-th part.
+    "On" means closer than 0.1: there mpe2 calls a landmark occupied, and the dense reward reaches its cap. An agent
+    counts for one landmark only. There is only a team reward, so every agent gets its N-th part.
     """
 
     radius = 0.1
@@ -127,16 +126,16 @@ class SimpleTag:
     local = False
 
     def _seen(self, pos: np.ndarray, vel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all who move, K = N + P: positions relative to each other [..., K, K, 2], prey velocities as each sees
-        them [..., K, P, 2], and what else each sees [..., K, anything]: nothing here, more in WORLD."""
+        """What each of the K = N + P that move sees: relative positions of all K [..., K, K, 2], velocities of the
+        prey [..., K, P, 2], and more in WORLD [..., K, anything]."""
         moving = pos[..., : len(self.accel), :]
         others = moving[..., None, :, :] - moving[..., :, None, :]
         prey = vel[..., self.num_agents :, :]
         return others, np.broadcast_to(prey[..., None, :, :], (*moving.shape[:-1], *prey.shape[-2:])), moving[..., :0]
 
     def _views(self, pos: np.ndarray, vel: np.ndarray, viewers: range) -> np.ndarray:
-        """Velocity, position, landmarks relative, others relative, prey's velocity and what else there is to see, as
-        `viewers`, all predators or all prey, see it: [..., viewers, dims]."""
+        """The observations of `viewers`, all predators or all prey [..., viewers, dims]: velocity, position, relative
+        landmarks, relative others, the prey's velocities, and more in WORLD."""
         others, prey_vel, more = self._seen(pos, vel)
         landmarks = relative(pos[..., : len(self.accel), :], pos[..., len(self.accel) :, :])
         views = []
@@ -158,31 +157,31 @@ class SimpleTag:
         return self._views(pos, vel, range(self.num_agents, len(self.accel)))
 
     def _caught(self, pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distances between predators and prey [..., N, P], and which of them touch."""
+        """Distances between predators and prey [..., N, P], and which pairs touch."""
         n, k = self.num_agents, len(self.accel)
         apart = distances(pos[..., :n, :], pos[..., n:k, :])
         return apart, apart < self.sizes[0] + self.sizes[n]
 
     def rewards(self, pos: np.ndarray) -> np.ndarray:
-        """[..., N] individual rewards: all alike, or, where the task is local, of each predator's own making."""
+        """[..., N] individual rewards: the same for all or, if the task is local, for each predator's own actions."""
         apart, touching = self._caught(pos)
         own = self.contact_reward * touching.sum(axis=-1) - 0.1 * apart.min(axis=-1)
         return own if self.local else np.repeat(own.sum(axis=-1, keepdims=True), self.num_agents, axis=-1)
 
     def _beyond(self, pos: np.ndarray) -> np.ndarray:
-        """[..., P]: what leaving the square costs a prey; without it, it would run where nobody follows."""
+        """[..., P]: the cost of leaving the square. Without it the prey would run away for ever."""
         x = np.abs(pos[..., self.num_agents : len(self.accel), :])
         cost = np.where(x < 1.0, np.maximum(x - 0.9, 0) * 10, np.exp(np.minimum(2 * x - 2, np.log(10))))
         return cost.sum(axis=-1)
 
     def prey_rewards(self, pos: np.ndarray) -> np.ndarray:
-        """[..., P], as in mpe2: for being caught, and for leaving the square."""
+        """[..., P], as in mpe2: a prey pays for being caught and for leaving the square."""
         _, touching = self._caught(pos)
         return -self.contact_reward * touching.sum(axis=-2) - self._beyond(pos)
 
 
 class SimpleTagLocal(SimpleTag):
-    """Predator-Prey in which each predator is rewarded for what it does itself."""
+    """Predator-Prey where each predator is rewarded for its own distance and contacts."""
 
     local = True
 
@@ -205,8 +204,8 @@ class SimpleWorld(SimpleTag):
         self.colors = np.array(colors + [[0.15, 0.15, 0.65]] * 2 + [[0.6, 0.9, 0.6]] * 2)
 
     def _seen(self, pos, vel):
-        """Whoever is in a forest is seen only by those in the same one, and sees nobody else. Each also knows which
-        forests it is in itself: 1 or -1."""
+        """Those inside a forest and those outside do not see each other. Each also observes which forests it is in: 1
+        or -1."""
         others, prey_vel, _ = super()._seen(pos, vel)
         k = len(self.accel)
         reach = self.sizes[:k, None] + self.sizes[-2:]
@@ -218,7 +217,7 @@ class SimpleWorld(SimpleTag):
         return others * visible[..., None], prey_vel * prey_visible[..., None], np.where(inside, 1.0, -1.0)
 
     def prey_rewards(self, pos: np.ndarray) -> np.ndarray:
-        """[..., P]: as above, but leaving the square costs double, and finding food is worth something."""
+        """[..., P]: as above, but leaving the square costs double, and food pays."""
         n, k = self.num_agents, len(self.accel)
         apart = distances(pos[..., n:k, :], pos[..., -4:-2, :])  # [..., P, food]
         fed = 2.0 * (apart < self.sizes[n] + self.sizes[-4]).sum(axis=-1) - 0.05 * apart.min(axis=-1)
@@ -226,7 +225,7 @@ class SimpleWorld(SimpleTag):
 
 
 class SimpleWorldLocal(SimpleWorld):
-    """WORLD in which each predator is rewarded for what it does itself."""
+    """WORLD where each predator is rewarded for its own distance and contacts."""
 
     local = True
 
@@ -256,30 +255,30 @@ PreyPolicy = Callable[[np.ndarray], np.ndarray]  # observations [E, P, prey_obs_
 
 
 def make_prey(name: str, prey: str | PreyPolicy, rng: Callable[[], np.random.Generator]) -> PreyPolicy:
-    """What the prey of the task `name` does: `prey` is "trained", "random" or such a function.
+    """The policy of the prey in the task `name`; `prey` is "trained", "random" or a policy.
 
-    Random actions are drawn from `rng()`, the environment's generator of the moment: every reset makes a new one.
+    Random actions come from `rng()`, a function, because a reset replaces the environment's generator.
     """
     if callable(prey):
         return prey
     if prey == "random":
         return lambda obs: rng().uniform(-1, 1, (*obs.shape[:-1], 2))
     if prey != "trained":
-        raise ValueError(f"unknown prey {prey!r}: choose 'trained' or 'random'.")
+        raise ValueError(f"unknown prey {prey!r}, expected 'trained' or 'random'")
     return load_prey(Path(__file__).resolve().parent / "policies" / "mpe" / name.removesuffix("_local") / "prey.npz")
 
 
 def load_prey(path: Path) -> PreyPolicy:
-    """The prey whose weights data/collect.py wrote to `path`."""
+    """The prey whose weights data/collect_mpe.py wrote to `path`."""
     if not path.exists():
         task = f"--env mpe/{path.parent.name}"
-        raise ValueError(f"the prey's weights {path} are missing: make them with data/collect.py {task} --train.")
+        raise ValueError(f"the prey's weights {path} are missing; train them: data/collect_mpe.py {task} --train")
     try:
         with np.load(path, allow_pickle=False) as file:
             w1, w2, w3 = (file[f"weight_{i}"] for i in range(3))  # [P, in, out]
             b1, b2, b3 = (file[f"bias_{i}"] for i in range(3))  # [P, 1, out]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a policy that data/collect.py wrote ({error}).") from error
+        raise ValueError(f"{path} is not a policy that data/collect_mpe.py wrote ({error})") from error
 
     def policy(obs):
         x = np.maximum(np.swapaxes(obs, 0, 1) @ w1 + b1, 0)  # [P, E, hidden]
@@ -292,7 +291,7 @@ def load_prey(path: Path) -> PreyPolicy:
 
 
 class BatchedEnv:
-    """E worlds of one task, stepped together; all of them start together and end after 25 steps."""
+    """E worlds of one task that step together. All of them start together and end after 25 steps."""
 
     def __init__(self, name: str, number: int, prey: str | PreyPolicy = "trained"):
         self.name, self.task, self.number = name, make_task(name), number
@@ -307,11 +306,11 @@ class BatchedEnv:
         self.first, self.second = np.array(pairs).T  # [pairs]
         self.reach = task.sizes[self.first] + task.sizes[self.second]  # the distance at which a pair touches
         moving = np.arange(movers)
-        # +1 where a pair's force pushes who moves, -1 where its reaction does: [pairs, N + P]
+        # +1 for the first of a pair, which the force pushes away, -1 for the second: [pairs, N + P]
         self.pushes = 1.0 * (self.first[:, None] == moving) - 1.0 * (self.second[:, None] == moving)
 
     def reset(self, seed: int) -> np.ndarray:
-        """New positions, the same for the same seed; returns observations [E, N, obs_dim]."""
+        """New positions from the seed; returns observations [E, N, obs_dim]."""
         self.rng = np.random.default_rng(seed)
         shape = (self.number, len(self.task.sizes), 2)
         self.pos = self.rng.uniform(-1, 1, shape) * self.task.spread[:, None]  # [E, M, 2]
@@ -333,7 +332,7 @@ class BatchedEnv:
         dx, dy = x[:, self.first] - x[:, self.second], y[:, self.first] - y[:, self.second]  # [E, pairs]
         apart = np.sqrt(dx * dx + dy * dy)
         overlap = (self.reach - apart) / CONTACT_MARGIN
-        near = overlap > -50  # beyond that the force is below 1e-20
+        near = overlap > -50  # elsewhere the force is below 1e-20
         strength = np.zeros_like(apart)
         strength[near] = CONTACT_FORCE * CONTACT_MARGIN * np.logaddexp(0, overlap[near]) / apart[near]
         push = np.stack([(strength * dx) @ self.pushes, (strength * dy) @ self.pushes], axis=-1)  # [E, N + P, 2]
@@ -349,15 +348,15 @@ class BatchedEnv:
 def make_task(name: str) -> Task:
     """The task of this name."""
     if name not in TASKS:
-        raise ValueError(f"unknown particle task {name!r}: choose one of {', '.join(TASKS)}.")
+        raise ValueError(f"unknown particle task {name!r}, expected one of {', '.join(TASKS)}")
     return TASKS[name]()
 
 
 def parallel_env(task: str, prey: str | PreyPolicy = "trained", render_mode: str | None = None) -> "ParticleEnv":
-    """The particle task of this name; `prey="random"` for one that was not trained; `render_mode="rgb_array"` lets
-    `render()` return an image."""
+    """The particle task of this name. `prey`: "trained" or "random". `render_mode="rgb_array"`: `render()` returns an
+    image."""
     if render_mode not in (None, "rgb_array"):
-        raise ValueError(f"unknown render_mode {render_mode!r}: choose None or 'rgb_array'.")
+        raise ValueError(f"unknown render_mode {render_mode!r}, expected None or 'rgb_array'")
     return ParticleEnv(task, prey, render_mode)
 
 
@@ -397,7 +396,7 @@ class ParticleEnv(ParallelEnv):
         return self.action_spaces[agent]
 
     def reset(self, seed=None, options=None):
-        """Starts an episode; returns ({agent: [obs_dim]}, {agent: info}). A seed makes all later episodes follow."""
+        """Start an episode; returns ({agent: [obs_dim]}, {agent: info}). A seed also fixes all later episodes."""
         if seed is not None:
             self.rng = np.random.default_rng(seed)
         for entity, spread in zip(self.world.entities, self.task.spread, strict=True):
@@ -405,10 +404,10 @@ class ParticleEnv(ParallelEnv):
         self.agents = self.possible_agents[:]
         self.steps = 0
         self.obs = self.task.observations(*self.positions_and_velocities())
-        return dict(zip(self.agents, self.obs, strict=True)), self._infos()
+        return dict(zip(self.agents, self.obs, strict=True)), {agent: {} for agent in self.agents}
 
     def step(self, actions):
-        """Takes {agent: [2] in [-1, 1], or 0..4}; returns the usual five dicts. Actions beyond the box are clipped."""
+        """Takes {agent: [2] or 0..4}; returns PettingZoo's five dicts. Actions outside [-1, 1] are clipped."""
         if not self.agents:  # PettingZoo's convention after the end of an episode
             return {}, {}, {}, {}, {}
         forces = np.array([self._force(name, actions) for name in self.agents])
@@ -426,7 +425,7 @@ class ParticleEnv(ParallelEnv):
         observations = dict(zip(agents, self.obs, strict=True))
         rewards = dict(zip(agents, self.task.rewards(pos).tolist(), strict=True))
         terminations, truncations = dict.fromkeys(agents, False), dict.fromkeys(agents, over)
-        infos = self._infos()
+        infos = {agent: {} for agent in agents}
         if over:
             self.agents = []
         return observations, rewards, terminations, truncations, infos
@@ -436,7 +435,7 @@ class ParticleEnv(ParallelEnv):
         return self.obs.reshape(-1).copy()
 
     def render(self) -> np.ndarray | None:
-        """[400, 400, 3] uint8: the square from -1.5 to 1.5, discs in the tasks' colours; None without a render mode."""
+        """[400, 400, 3] uint8: the square from -1.5 to 1.5, discs in the task's colours; None without a render mode."""
         if self.render_mode is None:
             return None
         axis = np.linspace(-1.5, 1.5, 400)
@@ -451,24 +450,19 @@ class ParticleEnv(ParallelEnv):
         pass
 
     def positions_and_velocities(self) -> tuple[np.ndarray, np.ndarray]:
-        """The world's state as the tasks take it: [M, 2] and [N + P, 2]."""
+        """The state of the world, as tasks use it: [M, 2] and [N + P, 2]."""
         pos = np.array([entity.state.p_pos for entity in self.world.entities])
         return pos, np.array([agent.state.p_vel for agent in self.world.agents])
-
-    def _infos(self):
-        if not self.task.discrete:
-            return {agent: {} for agent in self.agents}
-        return {agent: {"action_mask": np.ones(5, dtype=np.int8)} for agent in self.agents}
 
     def _force(self, name, actions) -> np.ndarray:
         """[2] in [-1, 1]"""
         if name not in actions:
-            raise ValueError(f"no action for {name}: step() needs one for each of {', '.join(self.agents)}.")
+            raise ValueError(f"no action for {name}; step() needs one for each of {', '.join(self.agents)}")
         action = np.asarray(actions[name])
         if self.task.discrete:
             if action.shape != () or not 0 <= action < 5 or action != int(action):
-                raise ValueError(f"the action of {name} is {action.tolist()}, expected a whole number from 0 to 4.")
+                raise ValueError(f"the action of {name} is {action.tolist()}, expected a whole number from 0 to 4")
             return DISCRETE_FORCES[int(action)]
         if action.shape != (2,) or not (-np.inf < action[0] < np.inf and -np.inf < action[1] < np.inf):
-            raise ValueError(f"the action of {name} is {action.tolist()}, expected two finite numbers in [-1, 1].")
+            raise ValueError(f"the action of {name} is {action.tolist()}, expected two finite numbers in [-1, 1]")
         return np.minimum(np.maximum(action, -1.0), 1.0).astype(np.float64)

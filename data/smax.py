@@ -1,21 +1,22 @@
 """StarCraft-like battles without StarCraft: `--env smax/2s3z`, `smax/5m_vs_6m`, `smax/6h_vs_8z`, or another map.
 
-SMAX (https://arxiv.org/abs/2311.10090) is JaxMARL's simplified imitation of SMAC, the StarCraft Multi-Agent Challenge:
-units of the same names with similar health, range and damage, on a plain field, against a scripted enemy that shoots
-the closest unit. It is another simulator than SMAC: its win rates are not SMAC's. It needs `pip install jaxmarl==0.2.0`
-(1 GB with JAX). `parallel_env` shows a battle through PettingZoo's interface, as data/smac.py does:
+SMAX (https://arxiv.org/abs/2311.10090) is JaxMARL's simplified version of SMAC, the StarCraft Multi-Agent Challenge:
+units of the same names with similar health, range and damage fight on a plain field. A scripted enemy shoots the
+closest unit. It is another simulator than SMAC, so win rates do not compare. It needs `pip install jaxmarl==0.2.0`
+(1 GB with JAX). `parallel_env` has PettingZoo's interface, as in data/smac.py:
 
-- Actions: 0 to 3 move, 4 stands still, then one for each enemy: attack it. Those that can be taken now are in
-  `infos[agent]["action_mask"]`. A dead agent stays in `agents` to the end of the battle, sees zeros and can only stand
-  still, which is never the only choice of the living.
-- Rewards: SMAX's, times ten: 10 in all for the enemy's whole health and 10 for the victory, so that a battle that is
-  won is worth 20, as in SMAC. Each of N agents gets the N-th part of the team reward. `infos[agent]["earned"]` is what
-  it earned itself: see `Battle.step`.
-- Ends: a battle won, lost or drawn is a termination, one cut short after 100 steps a truncation.
-  `infos[agent]["won"]` is true after the step that won the battle and false after all others.
+- Actions: 0 to 3 move, 4 stands still, then one for each enemy: attack it. `infos[agent]["action_mask"]` marks the
+  allowed actions. A dead agent stays in `agents` to the end of the battle and can only stand still; living agents
+  always have another choice.
+- Observations: SMAX's (zeros for the dead), then the agent's last action as one-hot, zeros before its first step.
+- Rewards: SMAX's, times ten: 10 in all for the enemy's whole health and 10 for the victory. So a won battle is worth
+  20, as in SMAC. Each of N agents gets the N-th part of the team reward. `infos[agent]["earned"]` is what the agent
+  itself earned: see `Battle.step`.
+- Ends: a won, lost or drawn battle is a termination. The time limit of 100 steps is a truncation.
+  `infos[agent]["won"]` is true after the step that won the battle, and false after all others.
 - Seeds: the same seed and the same actions repeat the same battle.
 
-There is no MMM2: its ten units include a medivac, and SMAX has no unit that heals.
+There is no MMM2: its ten units include a medivac, and no unit of SMAX heals.
 """
 
 from typing import Any, NamedTuple
@@ -30,68 +31,75 @@ try:
     from jaxmarl.environments.smax import HeuristicEnemySMAX
     from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
 except ImportError as error:
-    raise ImportError(f"SMAX cannot be imported ({error}): pip install jaxmarl==0.2.0") from error
+    raise ImportError(f"SMAX cannot be imported ({error}); pip install jaxmarl==0.2.0") from error
 
 REWARD_SCALE = 10  # SMAX pays 1 for the enemy's whole health and 1 for the victory, SMAC 20 for both
 
 
 class View(NamedTuple):
-    """What a battle shows of itself."""
+    """What can be seen of a battle."""
 
-    observations: Any  # [N, obs_dim]
+    observations: Any  # [N, obs_dim], the last action included
     state: Any  # [state_dim]
     masks: Any  # [N, num_actions], bool
 
 
 class Outcome(NamedTuple):
-    """What a step did."""
+    """What came of a step."""
 
     reward: Any  # the team reward
     earned: Any  # [N], its parts
     terminal: Any  # won, lost or drawn
-    timeout: Any  # cut short
+    timeout: Any  # ended by the time limit
     won: Any
 
 
 class Battle:
-    """A map as pure functions for `jax.jit` and `jax.vmap`: everything that changes is in the `world` they pass on."""
+    """A map as pure functions for `jax.jit` and `jax.vmap`: all that changes is in the `world`."""
 
     def __init__(self, map_name: str):
         if map_name not in MAP_NAME_TO_SCENARIO:
             known = ", ".join(MAP_NAME_TO_SCENARIO)
-            hint = " (it has a medivac, and SMAX has no unit that heals)" if map_name == "MMM2" else ""
-            raise ValueError(f"unknown SMAX map {map_name!r}{hint}: choose one of {known}")
+            hint = " (it has a medivac, and no unit of SMAX heals)" if map_name == "MMM2" else ""
+            raise ValueError(f"unknown SMAX map {map_name!r}{hint}, expected one of {known}")
         self.game = HeuristicEnemySMAX(scenario=MAP_NAME_TO_SCENARIO[map_name])
         self.num_agents, self.num_enemies = self.game.num_allies, self.game.num_enemies
-        self.obs_dim, self.num_actions = self.game.obs_size, self.game.num_ally_actions
-        # The state lists for every unit, allies first, what it would see of itself; then constants.
+        self.num_actions = self.game.num_ally_actions
+        self.obs_dim = self.game.obs_size + self.num_actions
+        # The state lists the own features of every unit, allies first; then constants.
         features, units = len(self.game.own_features), self.num_agents + self.num_enemies
         self.state_dim = (features + 2) * units
         self.state_owner = [unit if unit < self.num_agents else -1 for unit in range(units) for _ in range(features)]
-        self.state_owner += [-1] * 2 * units  # whose own each dimension is, -1 for nobody's
+        self.state_owner += [-1] * 2 * units  # the agent of each dimension, -1 for none
 
     def reset(self, key):
         world = self.game.reset(key)[1]
-        # Of the types that a step returns, or JAX would compile the first step and the others.
+        # The types are those that a step returns; otherwise JAX would compile the first step separately.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), world)
 
-    def view(self, world) -> View:
+    def view(self, world, last_actions) -> View:
+        """`last_actions` [N]: -1 before the first step."""
         observations, masks = self.game.get_obs(world), self.game.get_avail_actions(world)
-        order = self.game.agents
+        seen = jnp.stack([observations[a] for a in self.game.agents])
         return View(
-            jnp.stack([observations[a] for a in order]),
+            jnp.concatenate([seen, jax.nn.one_hot(last_actions, self.num_actions)], axis=1),
             self.game.get_world_state(world),
-            jnp.stack([masks[a] for a in order]).astype(bool),
+            jnp.stack([masks[a] for a in self.game.agents]).astype(bool),
         )
 
-    def step(self, key, world, actions) -> tuple[Any, Outcome]:
-        """The world after `actions` [N], and what came of it: `HeuristicEnemySMAX.step_env` with accounts.
+    def begin(self, key):
+        """The world of a new battle, and its view."""
+        world = self.reset(key)
+        return world, self.view(world, jnp.full(self.num_agents, -1))
 
-        A battle is cut short after 100 steps; JaxMARL's code does so after 101.
-        What an agent earned of the reward for damage is in proportion to the damage that it dealt in the step: the loss
-        of health of its target, as a share of the target's whole health, split by the strength of the shots where
-        several hit it at the same moment. The victory, and what nobody did (a unit that leaves the field dies), is
-        shared alike by those who lived to see the step.
+    def step(self, key, world, actions) -> tuple[Any, Outcome]:
+        """The world after `actions` [N], and what came of it: `HeuristicEnemySMAX.step_env`, and who earned what.
+
+        A battle ends after 100 steps; in JaxMARL's code after 101. The reward for damage is divided in proportion to
+        the damage that each agent dealt in the step: the health that its target lost, as a fraction of the target's
+        whole health. If several shots hit a target at the same moment, their strength divides the loss. The victory and
+        damage that nobody dealt (a unit that leaves the field dies) are divided equally among the agents that were
+        alive before the step.
         """
         n = self.num_agents
         before, game = world.state, self.game._env
@@ -135,7 +143,7 @@ def parallel_env(map_name: str) -> "SmaxEnv":
 
 
 class SmaxEnv(ParallelEnv):
-    """One battle behind PettingZoo's Parallel API. Observations and states are float32, rewards the team's N-th."""
+    """One battle behind PettingZoo's Parallel API. Observations and states are float32."""
 
     def __init__(self, map_name: str):
         self.battle = battle = Battle(map_name)
@@ -153,14 +161,13 @@ class SmaxEnv(ParallelEnv):
         @jax.jit
         def begin(key):
             key, reset_key = jax.random.split(key)
-            world = battle.reset(reset_key)
-            return key, world, battle.view(world)
+            return key, *battle.begin(reset_key)
 
         @jax.jit
         def advance(key, world, actions):
             key, step_key = jax.random.split(key)
             world, outcome = battle.step(step_key, world, actions)
-            return key, world, battle.view(world), outcome
+            return key, world, battle.view(world, actions), outcome
 
         self.begin, self.advance = begin, advance
 
@@ -171,7 +178,7 @@ class SmaxEnv(ParallelEnv):
         return self.action_spaces[agent]
 
     def reset(self, seed=None, options=None):
-        """Starts a battle; returns ({agent: [obs_dim]}, {agent: info})."""
+        """Start a battle; returns ({agent: [obs_dim]}, {agent: info})."""
         if seed is not None:
             self.key = jax.random.PRNGKey(seed)
         self.key, self.world, self.seen = self.begin(self.key)
@@ -180,7 +187,7 @@ class SmaxEnv(ParallelEnv):
         return self._observe(), self._infos(False, np.zeros(len(self.agents)))
 
     def step(self, actions):
-        """Takes {agent: action}, of the dead as well; returns the usual five dicts."""
+        """Takes {agent: action} of all agents, also the dead; returns PettingZoo's five dicts."""
         if not self.agents:  # PettingZoo's convention after the end of an episode
             return {}, {}, {}, {}, {}
         joint = np.array([self._action(i, actions) for i in range(len(self.agents))], np.int32)
@@ -209,8 +216,8 @@ class SmaxEnv(ParallelEnv):
     def _action(self, index: int, actions) -> int:
         name = self.agents[index]
         if name not in actions:
-            raise ValueError(f"no action for {name}: step() needs one for each of {', '.join(self.agents)}.")
+            raise ValueError(f"no action for {name}; step() needs one for each of {', '.join(self.agents)}")
         action, allowed = np.asarray(actions[name]), np.flatnonzero(self.seen.masks[index])
         if action.shape != () or action not in allowed:
-            raise ValueError(f"the action of {name} is {action.tolist()}, its mask allows {allowed.tolist()}.")
+            raise ValueError(f"the action of {name} is {action.tolist()}, its mask allows {allowed.tolist()}")
         return int(action)
