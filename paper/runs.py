@@ -170,7 +170,7 @@ def run_missing(table: str, jobs: int, only: str = "") -> None:
         print(f"{Path(sys.argv[0]).name}: stopped; the rows so far are in {path}", file=sys.stderr)
         raise SystemExit(128 + signals[0])
     if failures:
-        rows.fail(f"{len(failures)} runs failed, the rows of the others are in {path}; the first failure: {failures[0]}")
+        rows.fail(f"{len(failures)} runs failed, the others are in {path}; the first: {failures[0]}")
 
 
 def show(table: str) -> None:
