@@ -19,9 +19,7 @@ Many worlds are played at a time (`BatchedEnv` of data/mpe.py). data/README.md d
 """
 
 import copy
-import csv
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,46 +65,27 @@ EVALUATED = 400  # worlds that an evaluation plays at a time
 
 @dataclass
 class Args:
-    env: str = "mpe/simple_spread"
-    """the environment: mpe/ and a task of data/mpe.py"""
-    quality: Literal["random", "medium-replay", "medium", "expert"] = "expert"
-    """which policies act in the dataset"""
-    transitions: int = 1_000_000
-    """size of the dataset, rounded down to whole episodes (medium-replay: the largest size)"""
-    noise: float = 0.1
-    """medium, expert: standard deviation of the Gaussian noise on actions (discrete: fraction of random moves)"""
-    seed: int = 0
-    """the same seed, machine and package versions give the same dataset"""
-    output: Path | None = None
-    """the file to write, by default data/datasets/ENV/QUALITY.npz; with --train a folder, data/policies/ENV"""
-    overwrite: bool = False
-    """replace the file (with --train: the policies) if it exists"""
-    all: bool = False
-    """record every dataset of data/README.md that is missing; replace other files only with --overwrite"""
-    train: bool = False
-    """train the behaviour policies and write data/policies/ENV/ instead of recording a dataset"""
+    env: str = "mpe/simple_spread"  # mpe/ and a task of data/mpe.py
+    quality: Literal["random", "medium-replay", "medium", "expert"] = "expert"  # which policies act in the dataset
+    transitions: int = 1_000_000  # size of the dataset, rounded down to whole episodes (medium-replay: at most)
+    noise: float = 0.1  # medium, expert: standard deviation of the noise (discrete: fraction of random moves)
+    seed: int = 0  # the same seed, machine and package versions give the same dataset
+    output: Path | None = None  # by default data/datasets/ENV/QUALITY.npz; with --train a folder, data/policies/ENV
+    overwrite: bool = False  # replace the file (with --train: the policies) if it exists
+    all: bool = False  # record every dataset of data/README.md that is missing; --overwrite also replaces other files
+    train: bool = False  # train the behaviour policies instead of recording a dataset
 
     # Training (--train; medium-replay uses the settings that its medium policy was trained with)
-    train_episodes: int = 40_000
-    """episodes of training, in rounds of 100"""
-    prey_episodes: int = 20_000
-    """episodes before, in which predators and prey learn against each other"""
-    updates_per_round: int = 250
-    """gradient updates after every round of 100 episodes"""
-    batch_size: int = 256
-    """transitions per update"""
-    learning_rate: float = 1e-3
-    """Adam's learning rate; it falls linearly to a tenth"""
-    gamma: float = 0.95
-    """discount factor"""
-    tau: float = 0.01
-    """fraction of the way that target networks move towards their networks in each update"""
-    exploration_noise: float = 0.2
-    """standard deviation of the Gaussian noise on the actions of training episodes"""
-    eval_interval: int = 200
-    """training episodes between two evaluations"""
-    eval_episodes: int = 400
-    """episodes of an evaluation"""
+    train_episodes: int = 40_000  # episodes of training, in rounds of 100
+    prey_episodes: int = 20_000  # episodes before, in which predators and prey learn against each other
+    updates_per_round: int = 250  # gradient updates after every round of 100 episodes
+    batch_size: int = 256  # transitions per update
+    learning_rate: float = 1e-3  # Adam's learning rate; it falls linearly to a tenth
+    gamma: float = 0.95  # discount factor
+    tau: float = 0.01  # fraction of the way that target networks move towards their networks in each update
+    exploration_noise: float = 0.2  # standard deviation of the noise on the actions of training episodes
+    eval_interval: int = 200  # training episodes between two evaluations
+    eval_episodes: int = 400  # episodes of an evaluation
 
 
 def check_args(args: Args) -> None:
@@ -321,12 +300,6 @@ class Replay:
         return [column[rows] for column in self.columns]
 
 
-def settings(args: Args) -> dict:
-    """The arguments that a training depends on."""
-    first = [field.name for field in dataclasses.fields(Args)].index("train_episodes")
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(Args)[first:]}
-
-
 def train_prey(args: Args, folder: Path) -> None:
     """Predators and prey learn against each other; writes the last prey to `folder`/prey.npz."""
     torch.manual_seed(args.seed)
@@ -357,8 +330,8 @@ def train_prey(args: Args, folder: Path) -> None:
                     learner.update(replay, rng, episode / args.prey_episodes)
             progress.update(LOCKSTEP)
             progress.set_postfix(caught=f"{np.mean(caught[-500:]):.1%}")
-    origin = {"env": args.env, "seed": args.seed, "activations": "relu, relu, tanh", "training": settings(args)}
-    save_policy(folder / "prey.npz", prey.actor, origin | {"updates": prey.updates})
+    origin = {"env": args.env, "seed": args.seed, "activations": "relu, relu, tanh", "updates": prey.updates}
+    save_policy(folder / "prey.npz", prey.actor, origin | {"training": files.settings(args, "train_episodes")})
 
 
 def train(
@@ -399,11 +372,9 @@ def train(
         for quality, (done, updates, _, actor) in {"medium": medium, "expert": expert}.items():
             origin = {"env": args.env, "seed": args.seed, "activations": "relu, relu, tanh"}
             origin |= {"training_episodes": done, "training_transitions": done * mpe.EPISODE_STEPS, "updates": updates}
-            save_policy(folder / f"{quality}.npz", actor, origin | {"training": settings(args)})
-        with files.replacing(folder / "training.csv") as temporary, open(temporary, "w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("episodes", "transitions", "updates", "eval_return"))
-            table.writerows((done, done * mpe.EPISODE_STEPS, n, round(score, 2)) for done, n, score, _ in snapshots)
+            save_policy(folder / f"{quality}.npz", actor, origin | {"training": files.settings(args, "train_episodes")})
+        rows = [(done, done * mpe.EPISODE_STEPS, n, round(score, 2)) for done, n, score, _ in snapshots]
+        files.write_csv(folder / "training.csv", ("episodes", "transitions", "updates", "eval_return"), rows)
 
     observations, actions, rewards, following = (column[: replay.filled].numpy() for column in replay.columns)
     data = as_data(observations, actions.astype(np.int64) if moves else actions, rewards)
@@ -423,11 +394,10 @@ def measure_references(args: Args, policies: Path, folder: Path, prey: str | mpe
     references: dict[str, float] = {"reference_episodes": 1000}
     for quality, make_act in played.items():
         values = evaluate(env, make_act, 1000, seed=20_000)
-        references[f"{quality}_return"] = round(float(values.mean()), 3)
-        references[f"{quality}_return_standard_error"] = round(float(values.std(ddof=1) / len(values) ** 0.5), 3)
-        print(f"{quality:>6}: {values.mean():.1f} +- {values.std(ddof=1) / len(values) ** 0.5:.1f} (1000 episodes)")
-    with files.replacing(folder / "references.json") as temporary:
-        temporary.write_text(json.dumps(references, indent=1) + "\n")
+        mean, error = float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+        references |= {f"{quality}_return": round(mean, 3), f"{quality}_return_standard_error": round(error, 3)}
+        print(f"{quality:>6}: {mean:.1f} +- {error:.1f} (1000 episodes)")
+    files.write_json(folder / "references.json", references)
 
 
 def train_policies(args: Args, folder: Path) -> None:

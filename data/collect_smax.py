@@ -16,9 +16,7 @@ which ends with the last action, and the agent's number. Actions that the masks 
 data/README.md describes the file format, data/smax.py who earns what (`individual_rewards`).
 """
 
-import csv
 import dataclasses
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -57,44 +55,26 @@ LIMIT = 100  # steps of a battle at most
 
 @dataclass
 class Args:
-    env: str = "smax/2s3z"
-    """the environment: smax/ and a map of SMAX"""
-    quality: Literal["medium-replay", "medium", "expert"] = "expert"
-    """which policy acts in the dataset"""
-    transitions: int = 250_000
-    """size of the dataset, rounded down to whole battles"""
-    noise: float = 0.05
-    """medium, expert: fraction of random moves"""
-    seed: int = 0
-    """the same seed, machine and package versions give the same dataset"""
-    output: Path | None = None
-    """the file to write, by default data/datasets/ENV/QUALITY.npz; with --train a folder, data/policies/ENV"""
-    overwrite: bool = False
-    """replace the file (with --train: the policies) if it exists"""
-    all: bool = False
-    """record every dataset of data/README.md that is missing; replace other files only with --overwrite"""
-    train: bool = False
-    """train the behaviour policies and write data/policies/ENV/ instead of recording a dataset"""
+    env: str = "smax/2s3z"  # smax/ and a map of SMAX
+    quality: Literal["medium-replay", "medium", "expert"] = "expert"  # which policy acts in the dataset
+    transitions: int = 250_000  # size of the dataset, rounded down to whole battles
+    noise: float = 0.05  # medium, expert: fraction of random moves
+    seed: int = 0  # the same seed, machine and package versions give the same dataset
+    output: Path | None = None  # by default data/datasets/ENV/QUALITY.npz; with --train a folder, data/policies/ENV
+    overwrite: bool = False  # replace the file (with --train: the policies) if it exists
+    all: bool = False  # record every dataset of data/README.md that is missing; --overwrite also replaces other files
+    train: bool = False  # train the behaviour policies instead of recording a dataset
 
     # Training (--train; medium-replay uses the settings that its medium policy was trained with)
-    train_transitions: int = 4_000_000
-    """steps of training, over all battles"""
-    hidden_dim: int = 128
-    """width of the two hidden layers"""
-    learning_rate: float = 1e-3
-    """Adam's learning rate; it falls linearly to a tenth"""
-    gamma: float = 0.99
-    """discount factor"""
-    trace: float = 0.85
-    """lambda of the Q(lambda) targets"""
-    exploration: float = 0.02
-    """fraction of random moves in training; it falls from 1 over the first tenth"""
-    epochs: int = 2
-    """passes over the transitions of a round"""
-    minibatches: int = 8
-    """updates in a pass"""
-    eval_interval: int = 10
-    """rounds between two evaluations of 256 battles"""
+    train_transitions: int = 4_000_000  # steps of training, over all battles
+    hidden_dim: int = 128  # width of the two hidden layers
+    learning_rate: float = 1e-3  # Adam's learning rate; it falls linearly to a tenth
+    gamma: float = 0.99  # discount factor
+    trace: float = 0.85  # lambda of the Q(lambda) targets
+    exploration: float = 0.02  # fraction of random moves in training; it falls from 1 over the first tenth
+    epochs: int = 2  # passes over the transitions of a round
+    minibatches: int = 8  # updates in a pass
+    eval_interval: int = 10  # rounds between two evaluations of 256 battles
 
 
 def check_args(args: Args) -> None:
@@ -309,19 +289,10 @@ def train(args: Args, folder: Path) -> None:
         print(f"{quality:>6}: won {won.mean():.2f}, return {returns.mean():.2f} ({len(won)} battles)")
     for quality, (transitions, _, _, network) in {"medium": medium, "expert": expert}.items():
         origin = {"env": args.env, "seed": args.seed, "training_transitions": transitions}
-        files.save(folder / f"{quality}.npz", network, origin | {"training": settings(args)})
-    with files.replacing(folder / "training.csv") as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("transitions", "won", "eval_return"))
-        table.writerows((steps, round(float(won), 4), round(float(score), 3)) for steps, won, score, _ in snapshots)
-    with files.replacing(folder / "references.json") as temporary:
-        temporary.write_text(json.dumps(references, indent=1) + "\n")
-
-
-def settings(args: Args) -> dict:
-    """The arguments that a training depends on."""
-    first = [field.name for field in dataclasses.fields(Args)].index("train_transitions")
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(Args)[first:]}
+        files.save(folder / f"{quality}.npz", network, origin | {"training": files.settings(args, "train_transitions")})
+    curve = [(steps, round(float(won), 4), round(float(score), 3)) for steps, won, score, _ in snapshots]
+    files.write_csv(folder / "training.csv", ("transitions", "won", "eval_return"), curve)
+    files.write_json(folder / "references.json", references)
 
 
 # ---- recording ----

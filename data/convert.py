@@ -1,122 +1,134 @@
-"""Turns other people's offline datasets into our .npz file (data/README.md), and checks such files.
+"""Turn other people's offline datasets into our .npz file (data/README.md), and check such files.
 
     python data/convert.py SOURCE --env mpe/simple_tag --quality expert    # data/datasets/mpe/simple_tag/expert.npz
-    python data/convert.py --check FILE                                    # everything that is wrong with one of ours
+    python data/convert.py --check FILE                                    # name every fault of a file of ours
 
-What SOURCE is, is seen from SOURCE itself:
+The format of SOURCE is recognised:
 
     OMAR       a folder with obs_0.npy, next_obs_0.npy, acs_0.npy, ..., or the folder around its seed_0_data, ...
     PyMARL     the episode batches of CFCQL, ICQ, offpymarl and ODIS: an .h5 file, a folder of them (part_0.h5, ...),
                or a folder with obs.npy, actions.npy, reward.npy, terminated.npy, filled.npy, ...
     OG-MARL    a flashbax vault, NAME.vlt, or one of the folders in it
-    D4RL       an .npz or .hdf5 file with its names or ours: observations, actions, rewards, terminals, timeouts, ...
+    D4RL       an .npz or .hdf5 file with D4RL's names or ours (also older files of ours): observations, actions, ...
     OMIGA      an .hdf5 file with s, o, a, r, d
 
-Each becomes a `Source`: flat rows in the order of time, of which some are transitions. The arrays are read and written
-piece by piece, so a source may be larger than memory; only flags, rewards and hashes are held, some 100 bytes a row.
+Each becomes a `Source`: rows in the order of time, some of which are transitions. Arrays are read and written in
+pieces, so a source may be larger than memory. Only flags, rewards and hashes stay in memory, some 100 bytes a row.
 """
 
 import hashlib
 import importlib
 import json
 import math
-import os
 import sys
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-PIECE = 16 * 2**20  # bytes that are read at once
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the package `data` is
+from data import files
+from data.files import fail
+
+PIECE = 16 * 2**20  # bytes that are read at a time
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
-UNREADABLE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+KINDS = {"float": ("f", np.float32), "int": ("iu", np.int64), "bool": ("b", np.bool_)}
+# Our arrays: kind and axes. T transitions, N agents, O numbers observed, A actions; * is any size.
+LAYOUT = {
+    "observations": ("float", "TNO"),
+    "next_observations": ("float", "TNO"),
+    "final_observations": ("float", "*NO"),
+    "actions": ("float", "TN*"),  # or ("int", "TN")
+    "rewards": ("float", "T"),
+    "individual_rewards": ("float", "TN"),
+    "states": ("float", "T*"),
+    "terminals": ("bool", "T"),
+    "timeouts": ("bool", "T"),
+    "action_masks": ("bool", "TNA"),
+    "next_action_masks": ("bool", "TNA"),
+    "final_action_masks": ("bool", "*NA"),
+}
 Column = Callable[[int, int], np.ndarray]  # the rows from start to stop of an array: [stop - start, ...]
 
 
 @dataclass
 class Args:
-    source: tyro.conf.Positional[Path | None] = None
-    """the dataset to convert: a file or a folder"""
-    check: Path | None = None
-    """instead of converting, say what is wrong with this file"""
-    env: str | None = None
-    """the environment that the data are from, as the scripts' --env names it"""
-    quality: str | None = None
-    """what the data are called: random, medium-replay, medium, expert, or any other word"""
-    output: Path | None = None
-    """the file to write, by default data/datasets/<env>/<quality>.npz"""
-    overwrite: bool = False
-    """replace the file if it exists"""
+    source: tyro.conf.Positional[Path | None] = None  # the dataset to convert: a file or a folder
+    check: Path | None = None  # do not convert, but name the faults of this file
+    env: str | None = None  # the environment that the data are from, as in the scripts' --env
+    quality: str | None = None  # a name for the data: random, medium-replay, medium, expert, or any other word
+    output: Path | None = None  # the file to write, by default data/datasets/ENV/QUALITY.npz
+    overwrite: bool = False  # replace the file if it exists
+    # What a reward per agent means: the team's, repeated for each agent, or the agent's own, so that the team's is the
+    # sum. By default individual, but team where all agents always have the same (never for OMAR's files and mpe/).
     rewards: Literal["team", "individual"] | None = None
-    """what a reward per agent is: the team's, repeated for each, or the agent's own, so that the team's is the sum. By
-    default individual, but team where all agents have the same in every step (never in OMAR's files and mpe/ tasks)"""
-    agents: int | None = None
-    """OMAR, OG-MARL: take the first so many agents; by default those that observe as many numbers as the first one"""
-    seeds: tuple[int, ...] = ()
-    """OMAR: the seed_k_data folders to take; by default all of them"""
+    last_action: bool = False  # append the last action to observations; by default for --env smac/ and smax/ only
+    agents: int | None = None  # OMAR, OG-MARL: take the first so many; by default all that observe as the first one
+    seeds: tuple[int, ...] = ()  # OMAR: the seed_k_data folders to take; by default all
+    # The time limit: it ended the episodes of this length. OMAR's rows are cut there. By default 25 (OMAR), the padded
+    # length - 1 (PyMARL), 1000 (OMIGA), else what the source says.
     episode_length: int | None = None
-    """the time limit. An episode of this length was ended by it; OMAR's rows are cut there. By default 25 (OMAR), the
-    padded length - 1 (PyMARL), 1000 (OMIGA), elsewhere whatever the source says"""
-    random_return: float | None = None
-    """what a random policy returns over an episode, mean over agents: with the next, what scores are normalised with"""
-    expert_return: float | None = None
-    """what an expert returns"""
+    random_return: float | None = None  # a random policy's return per episode, mean over agents, to normalise scores
+    expert_return: float | None = None  # an expert's return; give both or none
+
+
+def is_battle(env: object) -> bool:
+    """Whether the environment's observations end with the last actions."""
+    return str(env).startswith(("smac/", "smax/"))
+
+
+def parse(flags: list[str] | None = None) -> Args:
+    env = tyro.cli(Args, args=flags, description=__doc__).env
+    return tyro.cli(Args, args=flags, default=Args(last_action=is_battle(env)))
 
 
 @dataclass
 class Source:
-    """Somebody's dataset as R rows. The columns carry our names, only `rewards` may still have one for every agent.
+    """Somebody's dataset as R rows. The columns have our names; `rewards` may still have a number per agent.
 
-    The final observations are in `final_observations` [E, ...], or in `next_observations`, or else they are the
-    observations of the row that follows. A source may lack that row after a terminal (`ends_stay`): nothing is
-    bootstrapped from there, so the terminal row itself stands in for it.
+    What follows the last row of an episode is in `final_observations` [E, ...], or in `next_observations`, or it is the
+    next row. Some sources lack that row after a terminal (`ends_stay`). Nothing is bootstrapped there, so the terminal
+    row stands in for it.
     """
 
     format: str
     columns: dict[str, Column]
     keep: np.ndarray  # [R] bool: this row is a transition
-    terminals: np.ndarray  # [R] bool, like timeouts true at the last transition of an episode
+    terminals: np.ndarray  # [R] bool, as timeouts true at the last transition of an episode
     timeouts: np.ndarray  # [R] bool
     notes: list[str]
     ends_stay: bool = False
-    equal_is_team: bool = True  # rewards that never differ between the agents are the team's
+    metadata: dict = field(default_factory=dict)
 
     @property
     def ends(self) -> np.ndarray:
         return self.terminals | self.timeouts
 
     def after(self, rows: np.ndarray) -> np.ndarray:
-        """[R]: how often each row is what came after one of the given transitions, [R] bool."""
+        """[R]: how often each row is what followed one of the given transitions, [R] bool."""
         stay = rows & self.terminals & self.ends_stay
         counts = stay.astype(np.uint8)
         counts[1:] += (rows & ~stay)[:-1]
         return counts
 
 
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        fail(f"this format needs the package {package}, which is not installed: pip install {package}")
+        fail(f"this format needs the package {package}, which is not installed; pip install {package}")
 
 
 # ---- arrays in pieces ----
 
 
 class Rows:
-    """Arrays one behind the other along their first axis, read in slices as one."""
+    """Arrays, one after the other along their first axis, read in slices as one."""
 
     def __init__(self, *parts):
         self.parts, self.length, self.shape = parts, sum(part.shape[0] for part in parts), parts[0].shape[1:]
@@ -132,17 +144,23 @@ class Rows:
 
 
 class Member:
-    """An array inside an .npz, of which only slices are in memory; cheap as long as they are taken in order."""
+    """An array inside an .npz, of which only slices are in memory; fast as long as they are read in order."""
 
     def __init__(self, archive: zipfile.ZipFile, name: str):
         self.file = archive.open(f"{name}.npy")
-        version = np.lib.format.read_magic(self.file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        self.shape, fortran, self.dtype = header(self.file)
+        try:
+            version = np.lib.format.read_magic(self.file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, fortran, self.dtype = header(self.file)
+        except Exception as error:  # damaged bytes raise anything
+            raise ValueError(f"{name} has a damaged header") from error
         if self.dtype.hasobject:
-            raise ValueError(f"{name} holds pickled objects, which are never loaded: they can run code")
+            raise ValueError(f"{name} holds pickled objects, which are never loaded because they can run code")
         self.begin, self.whole = self.file.tell(), None
-        if fortran:  # column by column: the rows of a slice do not lie side by side
+        size = archive.getinfo(f"{name}.npy").file_size - self.begin
+        if min(self.shape, default=0) < 0 or math.prod(self.shape) * self.dtype.itemsize != size:
+            raise ValueError(f"{name} holds {size} bytes, which do not make {self.dtype} {list(self.shape)}")
+        if fortran:  # stored by columns: a slice of rows is not contiguous
             self.whole = self.read(0, math.prod(self.shape)).reshape(self.shape, order="F")
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -154,6 +172,17 @@ class Member:
         if self.whole is not None:
             return self.whole[rows]
         return self.read(rows.start * size, (rows.stop - rows.start) * size).reshape(-1, *self.shape[1:])
+
+
+def open_npz(path: Path) -> tuple[zipfile.ZipFile, dict[str, Member], list[str]]:
+    """The archive, our arrays in it, and the names of everything else but the metadata."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise ValueError("it is not an .npz file, or only the beginning of one") from None
+    names = dict.fromkeys(name.removesuffix(".npy") for name in archive.namelist())
+    ours = {name: Member(archive, name) for name in LAYOUT if f"{name}.npy" in archive.namelist()}
+    return archive, ours, [name for name in names if name not in (*ours, "metadata")]
 
 
 def pieces(length: int, *columns: Column) -> Iterator[tuple[int, int]]:
@@ -171,12 +200,12 @@ def each_row(function: Callable[..., Any], length: int, *columns: Column) -> np.
 
 
 def flags(column: Column, length: int) -> np.ndarray:
-    """[R] bool: whether any number of a row is not zero."""
+    """[R] bool: whether a row has a number other than zero."""
     return each_row(lambda x: (x != 0).reshape(len(x), -1).any(axis=1), length, column)
 
 
 def breaks(after: Column, now: Column, length: int) -> np.ndarray:
-    """[R] bool: something else came after this row than what the next row holds; False for the last row."""
+    """[R] bool: what followed this row is not the next row; False for the last row."""
 
     def differs(x: np.ndarray, y: np.ndarray):
         same = np.asarray(np.isclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True))
@@ -186,33 +215,80 @@ def breaks(after: Column, now: Column, length: int) -> np.ndarray:
 
 
 def table(source: Path, arrays: dict[str, list]) -> tuple[dict[str, Rows], int]:
-    """Every name's arrays, one behind the other, as one; all names must have equally many rows."""
+    """Join every name's arrays; all names must have equally many rows."""
     for name, parts in arrays.items():
+        if not all(hasattr(part, "shape") for part in parts):
+            fail(f"{source}: {name} is a group, expected an array")
         if len({part.shape[1:] for part in parts}) > 1 or not parts[0].shape:
             fail(f"{source}: the parts of {name} do not fit together: {[list(part.shape) for part in parts]}")
     joined = {name: Rows(*parts) for name, parts in arrays.items()}
     lengths = {name: rows.length for name, rows in joined.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
-        fail(f"{source}: all arrays must have equally many rows, not {lengths}")
+        fail(f"{source} has arrays of {lengths} rows, expected equally many rows")
     return joined, max(lengths.values())
 
 
-def require(source: Path, present, *names: str) -> None:
+def require(source: Path, present: Iterable[str], *names: str) -> None:
     if missing := [name for name in names if name not in present]:
-        fail(f"{source} lacks {', '.join(missing)}; it has {', '.join(sorted(present)) or 'nothing'}")
+        fail(f"{source} lacks {', '.join(missing)}; it has {', '.join(sorted({*present})) or 'nothing'}")
 
 
-# ---- whose rows they are, and where episodes end ----
+# ---- last actions ----
+
+
+def previous(actions: Column, begins: np.ndarray) -> Column:
+    """[R, N]: the actions of the row before, -1 where an episode begins (as in row 0)."""
+
+    def read(a: int, b: int) -> np.ndarray:
+        taken = actions(max(a - 1, 0), b)
+        return np.where(begins[a:b, None], -1, taken[:-1] if a else np.roll(taken, 1, axis=0))
+
+    return read
+
+
+def one_hot(actions: np.ndarray, width: int) -> np.ndarray:
+    """[..., width]; zeros for -1."""
+    return np.eye(width + 1, width, dtype=np.float32)[np.clip(actions, -1, width - 1)]
+
+
+def has_last_actions(observations: Column, last: Column, width: int, rows: np.ndarray) -> bool:
+    """Whether in all these rows [R] bool the observations end with the last actions."""
+
+    def differs(seen: np.ndarray, taken: np.ndarray):
+        return (seen[..., -width:] != one_hot(taken, width)).any(axis=(1, 2))
+
+    return observations(0, 1).shape[2] > width and not each_row(differs, len(rows), observations, last)[rows].any()
+
+
+def append_last_actions(path: Path, source: Source) -> None:
+    """Append each agent's last action as one-hot, as the observations of data/smac.py and data/smax.py have it."""
+    columns, actions, keep = source.columns, source.columns["actions"], source.keep
+    if "action_masks" not in columns or actions(0, 1).ndim != 2:
+        fail(f"{path} has no discrete actions with action_masks, which --last-action needs; add --no-last-action")
+    width = columns["action_masks"](0, 1).shape[2]
+    last = previous(actions, keep & ~np.append(False, (keep & ~source.ends)[:-1]))
+    if has_last_actions(columns["observations"], last, width, keep):
+        source.notes.append("observations end with the last actions already")
+        return
+    final = each_row(lambda taken, end: taken[end], len(keep), actions, Rows(source.ends))  # [E, N]
+    for name, taken in {"observations": last, "next_observations": actions, "final_observations": Rows(final)}.items():
+        if name in columns:
+            seen = columns[name]
+            columns[name] = lambda a, b, seen=seen, taken=taken: np.concatenate(
+                [seen(a, b), one_hot(taken(a, b), width)], axis=2, dtype=np.float32
+            )
+    source.notes.append(f"appended to observations: the last action, {width} numbers")
+
+
+# ---- which agents, and where episodes end ----
 
 
 def team(source: Path, widths: list[int], args: Args, notes: list[str]) -> int:
-    """How many agents, from the first on, are ours; the others, for example the prey, observe more or fewer numbers."""
+    """How many agents are ours: the first ones. Others, such as prey, observe more or fewer numbers."""
     alike = next((i for i, width in enumerate(widths) if width != widths[0]), len(widths))
     clear = len(widths) == 1 or (alike > 1 and widths[0] not in widths[alike:])
     if (args.agents is None and not clear) or (args.agents or 1) > alike:
-        fail(
-            f"{source}: the agents observe {widths} numbers; ours must be the first and alike: give a fitting --agents"
-        )
+        fail(f"{source}: the agents observe {widths} numbers, expected the same for the first ones; give --agents")
     kept = args.agents or alike
     if kept < len(widths):
         notes.append(f"left out: the agents {list(range(kept, len(widths)))}, which observe {widths[kept:]} numbers")
@@ -220,7 +296,7 @@ def team(source: Path, widths: list[int], args: Args, notes: list[str]) -> int:
 
 
 def split(terminals: np.ndarray, timeouts: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Which ends [R] are terminal and which timeouts: those after `limit` steps, otherwise what the source says."""
+    """Which ends [R] are terminals and which timeouts: those after `limit` steps, else what the source says."""
     ends = np.flatnonzero(terminals | timeouts)
     timeouts = timeouts & ~terminals
     timeouts[ends[np.diff(ends, prepend=-1) == limit]] = True
@@ -228,18 +304,18 @@ def split(terminals: np.ndarray, timeouts: np.ndarray, limit: int | None) -> tup
 
 
 def whole_episodes(ends: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Of sequences [B, T] the rows that are not behind the last end."""
+    """The rows of sequences [B, T] up to the last end of each."""
     whole = np.logical_or.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
     if not whole.all():
-        notes.append(f"left out: {(~whole).sum():,} rows at the end that are no whole episode")
+        notes.append(f"left out: {(~whole).sum():,} rows at the end, which are no whole episode")
     return whole
 
 
 def without_final(kind: str, columns: dict, terminals: np.ndarray, timeouts: np.ndarray, notes: list[str]) -> Source:
-    """A source of sequences, flags [B, T], that does not keep what came after the last step of an episode.
+    """A source of sequences, flags [B, T], that does not store what followed the last step of an episode.
 
-    After a timeout that is needed to bootstrap from. So the last row of such an episode is not a transition of ours
-    but the final observation of the transition before it.
+    After a timeout the bootstrap needs that. So the last row of such an episode becomes the final observation of the
+    transition before it, and is no transition itself.
     """
     whole = whole_episodes(terminals | timeouts, notes)
     begins = np.ones_like(whole)
@@ -249,7 +325,7 @@ def without_final(kind: str, columns: dict, terminals: np.ndarray, timeouts: np.
     if timeouts.any():
         notes.append(
             f"left out: the last step of the {timeouts.sum():,} episodes that a time limit ended, because the source "
-            "does not have the observation after it (returns lack its reward)"
+            "lacks the observation after it (so returns lack its reward)"
         )
     flat = ((whole & ~timeouts).ravel(), terminals.ravel(), moved.ravel())
     return Source(kind, columns, *flat, notes, ends_stay=True)
@@ -259,19 +335,19 @@ def without_final(kind: str, columns: dict, terminals: np.ndarray, timeouts: np.
 
 
 def read_omar(source: Path, args: Args) -> Source:
-    """Arrays [M, ...] per agent, one episode after the other without a mark: they are cut every so many rows."""
+    """Arrays [M, ...] per agent. Nothing marks where episodes end: they are cut every --episode-length rows."""
     folders = [source] if (source / "obs_0.npy").exists() else sorted(source.glob("seed_*_data"))
     folders = [source / f"seed_{seed}_data" for seed in args.seeds] or folders
     agents = range(len(list(folders[0].glob("obs_*.npy"))) or 1)
     names = [f"{kind}_{i}" for kind in ("obs", "next_obs", "acs", "rews", "dones") for i in agents]
     for folder in folders:
         require(folder, {path.stem for path in folder.glob("*.npy")}, *names)
-    files = {name: [np.load(f / f"{name}.npy", mmap_mode="r", allow_pickle=False) for f in folders] for name in names}
-    notes, lengths, limit = [], [part.shape[0] for part in files["obs_0"]], args.episode_length or 25
-    kept = team(source, [files[f"obs_{i}"][0].shape[-1] for i in agents], args, notes)
-    arrays, length = table(source, {name: parts for name, parts in files.items() if int(name.split("_")[-1]) < kept})
+    found = {name: [np.lib.format.open_memmap(f / f"{name}.npy", "r") for f in folders] for name in names}
+    notes, lengths, limit = [], [part.shape[0] for part in found["obs_0"]], args.episode_length or 25
+    kept = team(source, [found[f"obs_{i}"][0].shape[-1] for i in agents], args, notes)
+    arrays, length = table(source, {name: parts for name, parts in found.items() if int(name.split("_")[-1]) < kept})
     if len({arrays[f"acs_{i}"].shape for i in range(kept)}) > 1:
-        fail(f"{source}: the agents' actions differ in size; all agents must have actions of the same size")
+        fail(f"{source}: the agents' actions differ in size, expected the same size for all")
 
     def stack(kind: str) -> Column:
         return lambda a, b: np.stack([arrays[f"{kind}_{i}"](a, b) for i in range(kept)], axis=1)
@@ -279,32 +355,33 @@ def read_omar(source: Path, args: Args) -> Source:
     whole = np.concatenate([np.arange(n) < n // limit * limit for n in lengths])
     ends = np.concatenate([np.arange(n) % limit == limit - 1 for n in lengths])
     if len(done := np.flatnonzero(flags(stack("dones"), length) & ~ends)):
-        fail(f"{source}: row {done[0]:,} is done, inside of an episode of {limit} rows; give the true --episode-length")
+        fail(f"{source}: row {done[0]:,} is done, inside an episode of {limit} rows; give the true --episode-length")
     if not whole.all():
-        notes.append(f"left out: {(~whole).sum():,} rows at the end that are no whole episode")
+        notes.append(f"left out: {(~whole).sum():,} rows at the end, which are no whole episode")
     ours = {"observations": "obs", "next_observations": "next_obs", "actions": "acs", "rewards": "rews"}
     columns = {name: stack(kind) for name, kind in ours.items()}
-    dataset = Source("OMAR", columns, whole, np.zeros(length, bool), ends, notes, equal_is_team=False)
+    dataset = Source("OMAR", columns, whole, np.zeros(length, bool), ends, notes)
     if (ends & ~in_order(source, dataset))[:-1].sum() > ends[:-1].sum() / 2:
-        fail(f"{source}: the episodes go on after {limit} rows; give the true --episode-length")
+        fail(f"{source}: episodes go on after {limit} rows; give the true --episode-length")
     return dataset
 
 
 def in_order(source: Path, dataset: Source) -> np.ndarray:
-    """Refuses rows of an episode that do not follow each other. [R] bool: the next row is not what came after this."""
-    columns, ends = dataset.columns, dataset.ends | ~dataset.keep
-    broken = breaks(columns["next_observations"], columns["observations"], len(ends))
-    if (broken & ~ends).any():
-        row = np.argmax(broken & ~ends)
-        fail(
-            f"{source}: after row {row:,} comes another observation than the next row's, inside of an episode; "
-            "either --episode-length is not the true one, or the rows are out of order, or there is NaN among them"
-        )
+    """Refuse an episode whose rows do not follow each other. Returns `breaks` [R] of the observations."""
+    columns, ends, broken = dataset.columns, dataset.ends | ~dataset.keep, np.zeros(len(dataset.keep), bool)
+    for name in [name for name in ("action_masks", "observations") if f"next_{name}" in columns]:
+        broken = breaks(columns[f"next_{name}"], columns[name], len(ends))
+        if (broken & ~ends).any():
+            row = np.argmax(broken & ~ends)
+            fail(
+                f"{source}: next_{name} of row {row:,} are not the next row's {name}, inside an episode; "
+                "give the true --episode-length, or put the rows in order and leave out NaN"
+            )
     return broken
 
 
 def read_pymarl(source: Path, args: Args, parts: list) -> Source:
-    """Episodes [E, T, ...] padded with zeros; one of L transitions fills L + 1 rows, the last with what it led to."""
+    """Episodes [E, T, ...] padded with zeros. L transitions fill L + 1 rows; the last row holds what followed them."""
     for part in parts:
         require(source, part, "obs", "actions", "reward", "terminated", "filled")
     names = [n for n in ("obs", "actions", "reward", "terminated", "filled", "state", "avail_actions") if n in parts[0]]
@@ -321,12 +398,12 @@ def read_pymarl(source: Path, args: Args, parts: list) -> Source:
 
     filled = flags(flat("filled"), episodes * steps).reshape(episodes, steps)
     terminated = flags(flat("terminated"), episodes * steps).reshape(episodes, steps)
-    length = filled.sum(axis=1, keepdims=True) - 1  # [E, 1] = L; -1 where the buffer was not full
+    length = filled.sum(axis=1, keepdims=True) - 1  # [E, 1] = L; -1 for an empty episode
     row, limit = np.arange(steps), args.episode_length or steps - 1
     last = row == length - 1
     odd = (filled != (row <= length)).any(axis=1) | (terminated & ~last).any(axis=1)
     if odd.any():
-        fail(f"{source}: in episode {odd.argmax()} the rows are not filled up to the one after the last step")
+        fail(f"{source}: in episode {odd.argmax()} `filled` does not end one row after the last step")
     timeouts = last & (~terminated | (length == limit))
     columns = {name: flat(theirs) for name, theirs in [("observations", "obs"), ("rewards", "reward")]}
     columns["actions"] = lambda a, b: flat("actions")(a, b)[..., 0].astype(np.int64)
@@ -334,15 +411,15 @@ def read_pymarl(source: Path, args: Args, parts: list) -> Source:
         columns["states"] = flat("state")
     if "avail_actions" in names:
         columns["action_masks"] = lambda a, b: flat("avail_actions")(a, b) != 0
-    notes = [f"read as timeouts: the {timeouts.sum():,} episodes of {limit} steps or without a terminated"]
+    notes = [f"read as timeouts: the {timeouts.sum():,} episodes of {limit} steps or without `terminated`"]
     return Source("PyMARL", columns, (row < length).ravel(), (last & ~timeouts).ravel(), timeouts.ravel(), notes)
 
 
 def read_vault(source: Path, args: Args) -> Source:
-    """B sequences of episodes [B, T, ...]; the arrays are declared with 10^13 steps, of which `vault_index` exist."""
+    """B sequences of episodes [B, T, ...]. The arrays claim 10^13 steps, but only `vault_index` of them exist."""
     ts = need("tensorstore")
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{source.resolve()}/"}}
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 2**28}})  # a vault's own pieces are larger than ours
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 2**28}})  # a vault's pieces are larger than ours
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     leaves = {key.removesuffix("/.zarray"): key for key in keys if key.endswith("/.zarray")}
     names = ["observations.", "actions.", "rewards.", "terminals.", "truncations."]
@@ -356,10 +433,10 @@ def read_vault(source: Path, args: Args) -> Source:
     arrays = {name: [array[b, :steps] for b in range(array.shape[0])] for name, array in stored.items()}
     rows, length = table(source, arrays)
     marks = [flags(rows[name], length).reshape(-1, steps) for name in names[3:5]]
-    # Sequence by sequence: the steps behind the last end of one do not go on in the next.
+    # Sequence by sequence, because an unfinished episode does not go on in the next sequence.
     marks = [split(terminal, timeout, args.episode_length) for terminal, timeout in zip(*marks, strict=True)]
     terminals, timeouts = np.stack([mark[0] for mark in marks]), np.stack([mark[1] for mark in marks])
-    # The other agents' narrower observations are padded with -inf.
+    # Narrower observations of other agents are padded with -inf.
     widths, notes = [int(n) for n in (rows["observations."](0, 1)[0] != -np.inf).sum(axis=-1)], []
     kept = team(source, widths, args, notes)
     columns: dict[str, Column] = {
@@ -374,37 +451,40 @@ def read_vault(source: Path, args: Args) -> Source:
     return without_final("OG-MARL", columns, terminals, timeouts, notes)
 
 
-def read_d4rl(source: Path, args: Args, arrays: Any) -> Source:
-    """Flat rows [R, N, ...] under D4RL's names or ours."""
-    names = ["observations", "actions", "rewards", "terminals"]
-    require(source, arrays, *names)
-    more = ("timeouts", "next_observations", "individual_rewards", "states", "action_masks", "next_action_masks")
-    rows, length = table(source, {name: [arrays[name]] for name in (*names, *more) if name in arrays})
+def read_d4rl(source: Path, args: Args, arrays: Any, unread: list[str]) -> Source:
+    """Rows [R, N, ...] under D4RL's names or ours."""
+    require(source, [*arrays, *unread], "observations", "actions", "rewards", "terminals")
+    finals = {name: Rows(arrays[name]) for name in ("final_observations", "final_action_masks") if name in arrays}
+    rows, length = table(source, {name: [arrays[name]] for name in LAYOUT if name in arrays and name not in finals})
     if len(rows["observations"].shape) != 2:
         shape = list(arrays["observations"].shape)
         fail(f"{source}: observations are {shape}, expected [rows, agents, numbers], also for a single agent")
     limits = flags(rows.pop("timeouts"), length) if "timeouts" in rows else np.zeros(length, bool)
     terminals = flags(rows.pop("terminals"), length)
-    if args.episode_length and not (terminals | limits).any():  # ends that nothing marks: after so many rows each
+    if args.episode_length and not (terminals | limits).any():  # nothing marks an end: cut after so many rows
         limits = np.arange(1, length + 1) % args.episode_length == 0
     terminals, timeouts = split(terminals, limits, args.episode_length)
-    columns: dict[str, Column] = {**rows}
-    notes: list[str] = []
-    if "next_observations" not in columns and "final_observations" not in arrays:
-        return without_final("D4RL", columns, terminals[None], timeouts[None], notes)
-    whole = whole_episodes((terminals | timeouts)[None], notes)[0]
-    dataset = Source("D4RL", columns, whole, terminals, timeouts, notes)
-    if "next_observations" in columns:
-        in_order(source, dataset)
-    else:
-        columns["final_observations"] = final = Rows(arrays["final_observations"])
+    columns: dict[str, Column] = {**rows, **finals}
+    notes = [f"not read: {', '.join(unread)}"] if unread else []
+    if "next_observations" not in columns and "final_observations" not in columns:
+        return without_final("D4RL", {**rows}, terminals[None], timeouts[None], notes)
+    dataset = Source(
+        "D4RL", columns, whole_episodes((terminals | timeouts)[None], notes)[0], terminals, timeouts, notes
+    )
+    for name, final in finals.items():
         if final.length != dataset.ends.sum():
-            fail(f"{source} has {final.length:,} final_observations, but {dataset.ends.sum():,} episodes end")
+            fail(f"{source} has {final.length:,} {name}, but {dataset.ends.sum():,} episodes end")
+    in_order(source, dataset)
+    if "action_masks" in columns and not {"next_action_masks", "final_action_masks"} & columns.keys():
+        if not each_row(lambda mask: (mask != 0).all(axis=(1, 2)), length, columns["action_masks"]).all():
+            fail(f"{source} has action_masks; add final_action_masks, those after the last row of each episode")
+        del columns["action_masks"]
+        notes.append("left out: action_masks, because they allow every action")
     return dataset
 
 
 def read_omiga(source: Path, args: Args, arrays: Any) -> Source:
-    """Rows [R, N, ...]; those with d hold the final observation of an episode. `s` is the same for all agents."""
+    """Rows [R, N, ...]. A row with d holds the final observation of an episode. `s` is the same for all agents."""
     rows, length = table(source, {name: [arrays[name]] for name in "soard"})
     final, notes = flags(rows["d"], length), []
     last = np.append(final[1:], False) & ~final
@@ -417,46 +497,47 @@ def read_omiga(source: Path, args: Args, arrays: Any) -> Source:
 
 
 def recognise(source: Path, args: Args) -> Source:
-    """Which of the formats this is, from names alone."""
+    """Recognise the format from names."""
     if not source.exists():
         fail(f"{source} does not exist")
     if source.is_dir():
-        files = sorted(source.iterdir(), key=lambda path: (len(path.name), path.name))  # part_10 behind part_9
-        batches = [path for path in files if path.suffix in (".h5", ".hdf5")]
+        found = sorted(source.iterdir(), key=lambda path: (len(path.name), path.name))  # part_10 after part_9
+        batches = [path for path in found if path.suffix in (".h5", ".hdf5")]
         vaults = [path.parent for path in sorted([*source.glob("manifest.ocdbt"), *source.glob("*/manifest.ocdbt")])]
         if (source / "obs_0.npy").exists() or any(source.glob("seed_*_data")):
             return read_omar(source, args)
         if (source / "filled.npy").exists():
-            loaded = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in files if p.suffix == ".npy"}
-            return read_pymarl(source, args, [loaded])
+            arrays = {path.stem: np.lib.format.open_memmap(path, "r") for path in found if path.suffix == ".npy"}
+            return read_pymarl(source, args, [arrays])
         if len(vaults) == 1:
             return read_vault(vaults[0], args)
         if vaults:
-            fail(f"{source} holds several datasets; give one of them: {', '.join(path.name for path in vaults)}")
+            fail(f"{source} holds several datasets; give one of {', '.join(path.name for path in vaults)}")
         if batches:
             return read_pymarl(source, args, [need("h5py").File(path, "r") for path in batches])
     elif source.suffix == ".npz":
-        archive = zipfile.ZipFile(source)
-        names = [name.removesuffix(".npy") for name in archive.namelist() if name != "metadata.npy"]
-        return read_d4rl(source, args, {name: Member(archive, name) for name in names})
+        dataset = read_d4rl(source, args, *open_npz(source)[1:])
+        dataset.metadata = files.read_metadata(source)
+        return dataset
     elif source.suffix in (".h5", ".hdf5"):
         file = need("h5py").File(source, "r")
         if "filled" in file:
             return read_pymarl(source, args, [file])
-        return (read_omiga if set("soard") <= set(file) else read_d4rl)(source, args, file)
+        if set("soard") <= set(file):
+            return read_omiga(source, args, file)
+        return read_d4rl(source, args, file, [name for name in file if name not in LAYOUT])
     if any(path.suffix in PICKLES for path in ([source] if source.is_file() else source.iterdir())):
-        fail(f"{source}: pickles are never loaded, because they can run code; ask for the data in another format")
-    fail(f"{source} is none of the formats known here; python data/convert.py --help names them")
+        fail(f"{source}: pickles are never loaded because they can run code; ask for the data in another format")
+    fail(f"{source} has none of the formats that python data/convert.py --help names")
 
 
 # ---- writing ----
 
 
 def settle_rewards(path: Path, source: Source, asked: str | None, env: str) -> str:
-    """Makes `rewards` [R] the team's and adds `individual_rewards` [R, N] if the source has them; says what it took."""
-    if env.startswith("mpe/"):  # our particle tasks pay every agent, some all alike
-        source.equal_is_team = False
+    """Make `rewards` [R] the team's, `individual_rewards` [R, N] the agents' own if there are any; say what it took."""
     given, agents = source.columns["rewards"], source.columns["observations"](0, 1).shape[1]
+    own = source.columns.pop("individual_rewards", None)
 
     def rewards(a: int, b: int) -> np.ndarray:
         return given(a, b).reshape(b - a, -1).astype(np.float32)
@@ -464,47 +545,43 @@ def settle_rewards(path: Path, source: Source, asked: str | None, env: str) -> s
     width = rewards(0, 1).shape[1]
     if width not in (1, agents):
         fail(f"{path}: a step has {width} rewards, expected one, or one for each of {agents} agents")
-    if width == 1:
-        source.columns["rewards"] = lambda a, b: rewards(a, b)[:, 0]
-        if asked == "individual" and "individual_rewards" not in source.columns:
-            fail(f"{path} has only the team's reward: there are no --rewards individual in it")
-        if asked != "team" and "individual_rewards" in source.columns:
-            return "individual, beside the team's"
-        source.columns.pop("individual_rewards", None)
-        return "the team's only"
     differ = each_row(lambda r: (r != r[:, :1]).any(axis=1), len(source.keep), rewards) & source.keep
-    if asked == "individual" or (asked is None and (differ.any() or not source.equal_is_team)):
-        source.columns |= {"rewards": lambda a, b: rewards(a, b).sum(axis=1), "individual_rewards": rewards}
-        return "individual; the team's is their sum"
-    if differ.any():
-        fail(f"{path}: --rewards team, but in {differ.sum():,} steps the agents' rewards differ")
+    # Particle tasks, ours and OMAR's, pay every agent, in some all the same. Elsewhere equal rewards are the team's.
+    repeated = width > 1 and not (differ.any() or env.startswith("mpe/") or source.format == "OMAR")
+    own = rewards if width > 1 else own
+    if asked == "individual" and own is None:
+        fail(f"{path} has only the team's reward; leave out --rewards individual")
+    if asked == "team" and differ.any():
+        fail(f"{path}: in {differ.sum():,} steps the agents' rewards differ; leave out --rewards team")
     source.columns["rewards"] = lambda a, b: rewards(a, b)[:, 0]
-    return "the team's only, which every agent has (--rewards individual reads it as each agent's own)"
+    if own is None or asked == "team" or (asked is None and repeated):
+        return "the team's only" + ", which every agent has (or --rewards individual)" * (width > 1)
+    source.columns |= {"rewards": lambda a, b: own(a, b).sum(axis=1)} if width > 1 else {}
+    source.columns["individual_rewards"] = own
+    return "individual; the team's is their sum"
 
 
 def plan(source: Source) -> dict[str, tuple[Column, np.ndarray, type]]:
     """The arrays of the file: how each is read, how often [R] each row is taken, and the type."""
     columns, keep, ends = source.columns, source.keep, source.ends
-    discrete = columns["actions"](0, 1).dtype.kind in "iu"
-    types = {"observations": np.float32, "actions": np.int64 if discrete else np.float32, "rewards": np.float32}
-    types |= {"individual_rewards": np.float32, "states": np.float32}
-    types |= {"action_masks": np.bool_, "next_action_masks": np.bool_}
-    arrays = {name: (columns[name], keep, kind) for name, kind in types.items() if name in columns}
-    arrays |= {
-        "terminals": (Rows(source.terminals), keep, np.bool_),
-        "timeouts": (Rows(source.timeouts), keep, np.bool_),
-    }
-    if "next_observations" in columns:
-        return arrays | {"final_observations": (columns["next_observations"], ends, np.float32)}
-    if "final_observations" in columns:
-        return arrays | {"final_observations": (columns["final_observations"], np.ones(ends.sum(), bool), np.float32)}
-    if "action_masks" in columns:
-        arrays["next_action_masks"] = (columns["action_masks"], source.after(keep), np.bool_)
-    return arrays | {"final_observations": (columns["observations"], source.after(ends), np.float32)}
+    columns |= {"terminals": Rows(source.terminals), "timeouts": Rows(source.timeouts)}
+    types = {name: KINDS[kind][1] for name, (kind, _) in LAYOUT.items()}
+    if columns["actions"](0, 1).dtype.kind in "iu":
+        types["actions"] = np.int64
+    rows = [name for name in LAYOUT if name in columns and not name.startswith(("next_", "final_"))]
+    arrays = {name: (columns[name], keep, types[name]) for name in rows}
+    for name in [name for name in ("observations", "action_masks") if name in columns]:
+        final = (columns[name], source.after(ends), types[name])
+        if f"next_{name}" in columns:
+            final = (columns[f"next_{name}"], ends, types[name])
+        elif f"final_{name}" in columns:
+            final = (columns[f"final_{name}"], np.ones(ends.sum(), bool), types[name])
+        arrays[f"final_{name}"] = final
+    return arrays
 
 
 def write(path: Path, arrays: dict, metadata: dict) -> None:
-    """One array after the other, piece by piece, and the metadata."""
+    """One array after the other, in pieces, and the metadata."""
     shapes = {name: (int(counts.sum()), *column(0, 1).shape[1:]) for name, (column, counts, _) in arrays.items()}
     total = sum(math.prod(shapes[name]) * np.dtype(kind).itemsize for name, (_, _, kind) in arrays.items())
     with (
@@ -523,20 +600,12 @@ def write(path: Path, arrays: dict, metadata: dict) -> None:
             np.lib.format.write_array(member, np.array(json.dumps(metadata, indent=1)), allow_pickle=False)
 
 
-def statistics(rewards: np.ndarray, ends: np.ndarray, agents: int) -> dict[str, float]:
-    """Of team rewards [T] and ends [T]; a return is the sum over an episode, mean over the agents."""
-    starts = np.append(0, np.flatnonzero(ends)[:-1] + 1)
-    returns = np.add.reduceat(rewards.astype(np.float64), starts) / agents
-    found = {f"episode_return_{name}": float(getattr(returns, name)()) for name in ("mean", "std", "min", "max")}
-    return {"transitions": len(rewards), "episodes": len(returns), **found}
-
-
 # ---- checking ----
 
 
 @dataclass
 class Report:
-    """What the scripts would refuse or learn wrongly from, what only makes one doubt, and the card of a file."""
+    """What scripts refuse or learn wrongly from, what is only doubtful, and the card of a file."""
 
     wrong: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
@@ -546,71 +615,79 @@ class Report:
 def inspect(path: Path) -> Report:
     report = Report()
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            arrays = {name: Member(archive, name) for name in names}
-            metadata = arrays.pop("metadata", None)
-            text = str(metadata.read(0, 1)[0]) if metadata is not None else None
-            examine(arrays, text, report)
-    except UNREADABLE as error:
-        report.wrong.append(f"the file cannot be read: {error}")
+        archive, arrays, unread = open_npz(path)
+        with archive:
+            if unread:
+                report.card["not read"] = ", ".join(unread)
+            metadata = read_metadata(archive, report)
+            examine(arrays, metadata, report)
+    except Exception as error:  # damaged bytes raise anything
+        report.wrong.append(f"the file cannot be read: {error or type(error).__name__}")
     return report
 
 
-def sound(arrays: dict[str, Member], wrong: list[str]) -> tuple[dict[str, Rows], int, int, int]:
-    """The arrays of the right shape, kind and finite numbers; how many rows, agents and discrete actions they have."""
-    required = ("observations", "actions", "rewards", "terminals", "timeouts")
-    wrong += [f"{name} is missing" for name in required if name not in arrays]
+def read_metadata(archive: zipfile.ZipFile, report: Report) -> dict | None:
+    if "metadata.npy" not in archive.namelist():
+        report.wrong.append("metadata is missing")
+        return None
+    text = Member(archive, "metadata")
+    try:
+        metadata = json.loads(str(text.read(0, 1)[0])) if text.shape == () and text.dtype.kind == "U" else None
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        report.wrong.append("metadata is not the text of a JSON object")
+        return None
+    return metadata
+
+
+def sound(arrays: dict[str, Member], wrong: list[str]) -> tuple[dict[str, Rows], dict[str, int]]:
+    """The arrays of the right shape and kind with usable numbers, and the sizes of the axes."""
+    needed = ("observations", "actions", "rewards", "terminals", "timeouts")
+    wrong += [f"{name} is missing" for name in needed if name not in arrays]
     if not {"next_observations", "final_observations"} & arrays.keys():
-        wrong.append("next_observations is missing, or final_observations in its place")
+        wrong.append("final_observations is missing (or next_observations)")
+    if "action_masks" in arrays and not {"next_action_masks", "final_action_masks"} & arrays.keys():
+        wrong.append("final_action_masks is missing (or next_action_masks)")
+    layout = dict(LAYOUT)
+    if "actions" in arrays and arrays["actions"].dtype.kind in "iu":
+        layout["actions"] = ("int", "TN")
+    elif "actions" in arrays and "action_masks" in arrays:
+        wrong.append("action_masks are given, but actions are not whole numbers")
+    sizes = {}
+    for axis in "TNOA":  # the size that most arrays have, so that only an array that does not fit is named
+        found = [
+            arrays[name].shape[axes.index(axis)]
+            for name, (_, axes) in layout.items()
+            if axis in axes and name in arrays and len(arrays[name].shape) > axes.index(axis)
+        ]
+        sizes[axis] = max(found, key=found.count, default=0)
 
-    def most(axis: int, *names: str) -> int:
-        """The size that most of these arrays have: then of one that does not fit the others only itself is named."""
-        sizes = [arrays[name].shape[axis] for name in names if name in arrays and len(arrays[name].shape) > axis]
-        return max(sizes, key=sizes.count, default=0)
-
-    steps = most(0, *required, "individual_rewards")
-    agents = most(1, "observations", "actions", "final_observations", "next_observations", "individual_rewards")
-    seen = most(2, "observations", "next_observations", "final_observations")
-    choices = most(2, "action_masks", "next_action_masks")
-    discrete = "actions" in arrays and arrays["actions"].dtype.kind in "iu"
-    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
-        "observations": ("float", (steps, agents, seen)),
-        "next_observations": ("float", (steps, agents, seen)),
-        "final_observations": ("float", (None, agents, seen)),
-        "actions": ("int", (steps, agents)) if discrete else ("float", (steps, agents, None)),
-        "rewards": ("float", (steps,)),
-        "individual_rewards": ("float", (steps, agents)),
-        "states": ("float", (steps, None)),
-        "terminals": ("bool", (steps,)),
-        "timeouts": ("bool", (steps,)),
-        "action_masks": ("bool", (steps, agents, choices)),
-        "next_action_masks": ("bool", (steps, agents, choices)),
-    }
-
-    def broken(x: np.ndarray):
-        return (~np.isfinite(x.astype(np.float32))).reshape(len(x), -1).any(axis=1)
+    def unusable(x: np.ndarray):
+        return (~(np.abs(x.astype(np.float32)) < 1e9)).reshape(len(x), -1).any(axis=1)
 
     good: dict[str, Rows] = {}
-    for name, (kind, shape) in expected.items():
+    for name, (kind, axes) in layout.items():
         if (array := arrays.get(name)) is None:
             continue
+        shape = [sizes.get(axis) for axis in axes]
         fits = len(array.shape) == len(shape) and all(b in (None, a) for a, b in zip(array.shape, shape, strict=True))
-        if not fits or array.dtype.kind not in {"float": "f", "int": "iu", "bool": "b"}[kind]:
-            sizes = ", ".join("any" if size is None else str(size) for size in shape)
-            wrong.append(f"{name} is {array.dtype} {list(array.shape)}, expected {kind} [{sizes}]")
-        elif kind == "float" and (bad := int(each_row(broken, array.shape[0], Rows(array)).sum())):
-            wrong.append(f"{name} holds NaN or infinity, in {bad:,} rows")
+        if not fits or array.dtype.kind not in KINDS[kind][0]:
+            expected = ", ".join("any" if size is None else str(size) for size in shape)
+            wrong.append(f"{name} is {array.dtype} {list(array.shape)}, expected {kind} [{expected}]")
+        elif kind == "float" and (bad := int(each_row(unusable, array.shape[0], Rows(array)).sum())):
+            wrong.append(f"{name} holds NaN, infinity or numbers from 1e9, in {bad:,} rows")
         else:
             good[name] = Rows(array)
-    if not steps:
-        wrong.append("there are no transitions")
-    return good, steps, agents, choices
+    if sizes["T"] < 2:
+        wrong.append(f"there are {sizes['T']} transitions, expected 2 or more")
+    return good, sizes
 
 
-def examine(arrays: dict[str, Member], metadata: str | None, report: Report) -> None:
-    wrong = report.wrong
-    good, steps, agents, choices = sound(arrays, wrong)
+def examine(arrays: dict[str, Member], metadata: dict | None, report: Report) -> None:
+    wrong, doubtful, card = report.wrong, report.doubtful, report.card
+    good, sizes = sound(arrays, wrong)
+    steps, agents, choices = sizes["T"], sizes["N"], sizes["A"]
     discrete = "actions" in good and arrays["actions"].dtype.kind in "iu"
     if not steps:
         return
@@ -618,7 +695,7 @@ def examine(arrays: dict[str, Member], metadata: str | None, report: Report) -> 
     def count(what: str, function: Callable[..., Any], *names: str) -> int:
         if not all(name in good for name in names):
             return 0
-        if rows := int(each_row(function, steps, *(good[name] for name in names)).sum()):
+        if rows := int(each_row(function, good[names[0]].length, *(good[name] for name in names)).sum()):
             wrong.append(f"{what}, in {rows:,} rows")
         return rows
 
@@ -631,14 +708,21 @@ def examine(arrays: dict[str, Member], metadata: str | None, report: Report) -> 
         return (~np.take_along_axis(masks, chosen, axis=2)).any(axis=(1, 2)) & ~outside(actions)
 
     def unequal(team: np.ndarray, own: np.ndarray):
-        return np.abs(team - own.sum(axis=1)) > 1e-3 + 1e-3 * np.abs(team)
+        return np.abs(team - own.sum(axis=1)) > 1e-3 + 1e-3 * np.abs(own.sum(axis=1))
 
-    count(f"actions leave {f'0 to {choices - 1}' if discrete else '[-1, 1]'}", outside, "actions")
+    count(f"actions are outside {f'0 to {choices - 1}' if discrete else '[-1, 1]'}", outside, "actions")
     if discrete and choices:
-        count("actions are taken that action_masks forbid", forbidden, "actions", "action_masks")
-    for name in ("action_masks", "next_action_masks"):
+        count("action_masks forbid an action that was taken", forbidden, "actions", "action_masks")
+    for name in ("action_masks", "next_action_masks", "final_action_masks"):
         count(f"{name} allow an agent nothing", lambda mask: ~mask.any(axis=2).all(axis=1), name)
     unlike = count("rewards are not the sum of individual_rewards", unequal, "rewards", "individual_rewards")
+    rewards = each_row(np.copy, steps, good["rewards"]) if "rewards" in good else None
+    if rewards is not None and steps > 1 and (rewards == rewards[0]).all():
+        wrong.append(f"rewards are all {rewards[0]:g}, expected different ones")
+    for name in ("observations", "states"):
+        if name in good and (found := outliers(good[name], steps)):
+            doubtful.append(f"{name} hold {found}; they hide the other values of their input")
+
     returns = None
     if {"terminals", "timeouts"} <= good.keys():
         terminals, timeouts = (flags(good[name], steps) for name in ("terminals", "timeouts"))
@@ -647,47 +731,76 @@ def examine(arrays: dict[str, Member], metadata: str | None, report: Report) -> 
             wrong.append("the last row is not the end of an episode: neither terminal nor timeout")
         if both := int((terminals & timeouts).sum()):
             wrong.append(f"terminals and timeouts are both true, in {both:,} rows")
-        if "final_observations" in good and good["final_observations"].length != ends.sum():
-            rows = good["final_observations"].length
-            wrong.append(f"final_observations has {rows:,} rows, but {ends.sum():,} episodes end")
         for name in ("observations", "action_masks"):
+            if (final := good.get(f"final_{name}")) and final.length != ends.sum():
+                wrong.append(f"final_{name} has {final.length:,} rows, but {ends.sum():,} episodes end")
             if {name, f"next_{name}"} <= good.keys():
                 if rows := int((breaks(good[f"next_{name}"], good[name], steps) & ~ends).sum()):
                     wrong.append(f"next_{name} inside an episode are not the next row's {name}, in {rows:,} rows")
-        if "action_masks" in good and "next_action_masks" not in arrays and timeouts.any():
-            if not each_row(lambda mask: mask.all(axis=(1, 2)), steps, good["action_masks"]).all():
-                wrong.append("next_action_masks is missing: after a timeout the next row's are another episode's")
-        if {"observations", "actions"} <= good.keys() and (copies := repeated(good, ends, discrete)):
-            what = "in whole episodes" if discrete else "in another episode"
-            report.doubtful.append(f"{copies:,} rows ({copies / steps:.1%}) repeat earlier ones {what}")
+        if "action_masks" in good:
+            alive = each_row(lambda mask: mask.sum(axis=2) > 1, steps, good["action_masks"])  # [T, N]
+            if back := int((alive[1:] & ~alive[:-1] & ~ends[:-1, None]).any(axis=1).sum()):
+                doubtful.append(
+                    f"agents with one allowed action count as dead, but can act again later, {back:,} times"
+                )
+        if {"observations", "actions"} <= good.keys():
+            if copies := repeated(good, ends, discrete):
+                what = "in whole episodes" if discrete else "in another episode"
+                doubtful.append(f"{copies:,} rows ({copies / steps:.1%}) repeat earlier ones {what}")
+            battle = is_battle((metadata or {}).get("env"))
+            last = previous(good["actions"], np.append(True, ends[:-1]))
+            if battle and choices and not has_last_actions(good["observations"], last, choices, np.ones(steps, bool)):
+                wrong.append("observations do not end with the last actions; convert this file to append them")
         lengths = np.diff(np.flatnonzero(ends), prepend=-1)
         if len(lengths):
             size = f"{lengths.min()} to {lengths.max()} steps, mean {lengths.mean():.1f}"
-            report.card["transitions"] = f"{steps:,} in {len(lengths):,} episodes of {size}"
-            report.card["ends"] = f"{terminals.sum():,} terminal, {timeouts.sum():,} by time limit"
-        if ends[-1] and "rewards" in good and not unlike:
-            returns = statistics(each_row(np.copy, steps, good["rewards"]), ends, agents)
+            card["transitions"] = f"{steps:,} in {len(lengths):,} episodes of {size}"
+            card["ends"] = f"{terminals.sum():,} terminal, {timeouts.sum():,} by time limit"
+        if ends[-1] and rewards is not None and not unlike:
+            returns = files.statistics(rewards, ends, agents)
             mean, std, low, high = (returns[f"episode_return_{name}"] for name in ("mean", "std", "min", "max"))
-            spread = f"deviation {std:.2f}, {low:.2f} to {high:.2f}; of the team {mean * agents:.2f}"
-            report.card["return"] = f"{mean:.2f} per agent and episode, {spread}"
+            spread = f"standard deviation {std:.2f}, {low:.2f} to {high:.2f}; of the team {mean * agents:.2f}"
+            card["return"] = f"{mean:.2f} per agent and episode, {spread}"
     if "individual_rewards" in good:
+        share = each_row(lambda own: (own != own[:, :1]).any(axis=1), steps, good["individual_rewards"]).mean()
+        card["own rewards"] = f"different between agents in {share:.1%} of the steps"
+    card |= {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
+    if metadata is not None:
+        state_dim = good["states"].shape[0] if "states" in good else 0
+        check_metadata(metadata, returns, agents, state_dim, report)
 
-        def sums(own: np.ndarray) -> np.ndarray:
-            own = own.astype(np.float64)
-            return np.stack([own.mean(axis=1), (own**2).mean(axis=1), (own != own[:, :1]).any(axis=1)], axis=1)
 
-        mean, square, differ = each_row(sums, steps, good["individual_rewards"]).mean(axis=0)
-        spread = f"deviation {max(square - mean**2, 0) ** 0.5:.3f}"
-        report.card["own rewards"] = f"mean {mean:.3f}, {spread}, different between agents in {differ:.1%} of the steps"
-    report.card |= {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
-    check_metadata(metadata, returns, report)
+def outliers(column: Column, length: int) -> str:
+    """Describe values that are 1,000 times as far from the median of their input as 90 % of the others; "" if none are.
+
+    Values within 1e-6 of the median do not count (scripts call them constant), so an input that is mostly zero is
+    judged by its other values. If fewer than 10 of them are among some 2,000 rows, it is not judged.
+    """
+    every = -(-length // 2000)
+    sample = np.concatenate([column(a, b)[-a % every :: every] for a, b in pieces(length, column)])
+    median = np.median(sample, axis=0)
+    usual = np.full(median.shape, np.inf)
+    for index in np.ndindex(*median.shape):
+        distance = np.abs(sample[:, *index] - median[index])
+        if (distance > 1e-6).sum() >= 10:
+            usual[index] = np.quantile(distance[distance > 1e-6], 0.9, method="lower")
+    far, largest = np.zeros(median.shape, int), np.zeros(median.shape)
+    for a, b in pieces(length, column):
+        distance = np.abs(column(a, b) - median)
+        far, largest = far + (distance > 1000 * usual).sum(axis=0), np.maximum(largest, distance.max(axis=0))
+    far[far > max(1, length / 100)] = 0  # what is common is no outlier
+    if not far.any():
+        return ""
+    worst = np.unravel_index((far * largest / usual).argmax(), far.shape)
+    place = f"in input {[int(i) for i in worst]} {largest[worst]:g} from the median, where {usual[worst]:g} is usual"
+    return f"{far.sum():,} outliers, for example {place}"
 
 
 def repeated(good: dict[str, Rows], ends: np.ndarray, discrete: bool) -> int:
-    """How many rows have the observations and actions of one in an earlier episode.
+    """How many rows have the observations and actions of a row in an earlier episode.
 
-    Real numbers do not come again by chance. Where actions are discrete single rows do (the same start, a team that is
-    dead), so only whole episodes count. What repeats inside of one episode (an agent at rest) never counts.
+    Real numbers do not repeat by chance. With discrete actions single rows do (the same start, a dead team), so only
+    whole episodes count. Repetition inside one episode (an agent at rest) never counts.
     """
 
     def hashes(observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -704,27 +817,30 @@ def repeated(good: dict[str, Rows], ends: np.ndarray, discrete: bool) -> int:
     return int(weight[episode != episode[first][which]].sum())
 
 
-def check_metadata(text: str | None, found: dict[str, float] | None, report: Report) -> None:
-    """`found`: the statistics of the file; None where its rewards or ends are broken."""
-    if text is None:
-        report.wrong.append("metadata is missing")
-        return
-    try:
-        metadata = dict(json.loads(text))
-    except (ValueError, TypeError):
-        report.wrong.append("metadata is not the text of a JSON object")
-        return
+def check_metadata(metadata: dict, found: dict[str, float] | None, agents: int, state_dim: int, report: Report) -> None:
+    """`found`: the statistics of the file; None where its rewards or ends are wrong."""
+
+    def wrong(key: str, expected: str) -> None:
+        value = metadata.get(key)
+        shown = repr(value)[:40] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        report.wrong.append(f"metadata: {key} is {shown}, expected {expected}")
+
     if metadata.get("schema_version") != "1":
-        report.wrong.append(f"metadata: schema_version is {metadata.get('schema_version')!r}, expected '1'")
+        wrong("schema_version", "'1'")
     if not isinstance(metadata.get("env"), str):
-        report.wrong.append(f"metadata: env is {metadata.get('env')!r}, expected the name of the environment")
+        wrong("env", "the name of the environment")
+    owner = metadata.get("state_owner", [-1] * state_dim)
+    known = isinstance(owner, list) and all(type(agent) is int and -1 <= agent < agents for agent in owner)
+    if not known or len(owner) != state_dim:
+        wrong("state_owner", f"a list of {state_dim} agents from 0 to {agents - 1}, or -1 for none")
     references = ("random_return", "expert_return", "paper_random_return", "paper_expert_return")
     numbers = {key: metadata[key] for key in (*references, *(found or ())) if key in metadata}
     for key, value in list(numbers.items()):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            report.wrong.append(f"metadata: {key} is {numbers.pop(key)!r}, expected a number")
+        if type(value) not in (int, float) or not -1e9 < value < 1e9:
+            wrong(key, "a number")
+            del numbers[key]
         elif found and key in found and not math.isclose(value, found[key], rel_tol=1e-3, abs_tol=1e-3):
-            report.wrong.append(f"metadata: {key} is {value:g}, but in the file it is {found[key]:g}")
+            wrong(key, f"{found[key]:g} as in the arrays")
     low, high = (numbers.get(key, numbers.get(f"paper_{key}")) for key in references[:2])
     if low is None or high is None or not found:
         return
@@ -744,41 +860,35 @@ def check_metadata(text: str | None, found: dict[str, float] | None, report: Rep
 
 def convert(args: Args) -> None:
     if args.source is None or not args.env or not args.quality:
-        fail("give a SOURCE, --env and --quality to convert, or --check FILE")
-    path = args.output or ROOT / "data" / "datasets" / args.env / f"{args.quality}.npz"
+        fail("give SOURCE, --env and --quality to convert, or --check FILE")
     if Path(args.quality).name != args.quality:
-        fail(f"--quality {args.quality}: expected a word, not a path; --output names another place")
+        fail(f"--quality is {args.quality}, expected a word; --output names another place")
     if (args.random_return is None) != (args.expert_return is None):
-        fail("--random-return and --expert-return are of use together only: give both or none")
-    if path.suffix != ".npz" or path.is_dir():
-        fail(f"--output {path}: expected the name of a file that ends in .npz")
-    if path.exists() and not args.overwrite:
-        fail(f"{path} exists already: add --overwrite to replace it, or choose another --output")
-    for flag in ("agents", "episode_length"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            fail(f"--{flag.replace('_', '-')} {value}: expected a positive number")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        fail("--random-return and --expert-return are used together; give both or none")
+    for flag in [flag for flag in ("agents", "episode_length") if getattr(args, flag) is not None]:
+        files.check_range(args, 1, math.inf, flag)
+    path = files.output_file(args)
     try:
         source = recognise(args.source, args)
         for flag, formats in {"agents": ("OMAR", "OG-MARL"), "seeds": ("OMAR",)}.items():
             if getattr(args, flag) and source.format not in formats:
                 fail(f"--{flag} is for {' and '.join(formats)}, but {args.source} is {source.format}")
         if not source.keep.any():
-            fail(f"{args.source} ({source.format}) holds no whole episode; for unmarked limits give --episode-length")
+            fail(
+                f"{args.source} ({source.format}) holds no whole episode; if no limit is marked, give --episode-length"
+            )
         reading = settle_rewards(args.source, source, args.rewards, args.env)
+        if args.last_action:
+            append_last_actions(args.source, source)
         arrays = plan(source)
         metadata = describe(args, source, reading, arrays)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary, arrays, metadata)
-        report = inspect(temporary)
-        if report.wrong:
-            fail(f"{args.source} ({source.format}) cannot be used: {'; '.join(report.wrong)}")
-        os.replace(temporary, path)
-    except UNREADABLE as error:
-        fail(f"{args.source} could not be converted: {error}")
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+        with files.replacing(path) as temporary:
+            write(temporary, arrays, metadata)
+            report = inspect(temporary)
+            if report.wrong:
+                fail(f"{args.source} ({source.format}) cannot be used: {'; '.join(report.wrong)}")
+    except Exception as error:  # libraries and damaged bytes raise anything
+        fail(f"{args.source} could not be converted: {(str(error) or type(error).__name__).splitlines()[0]}")
 
     with open(path, "rb") as file:
         report.card["SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -791,22 +901,28 @@ def convert(args: Args) -> None:
 
 
 def describe(args: Args, source: Source, reading: str, arrays: dict) -> dict:
-    """The metadata. Of the source's path only the end is told: the rest is about this machine."""
+    """The metadata. They name only the end of the source's path, because the rest is about this machine."""
     rewards = each_row(np.copy, len(source.keep), arrays["rewards"][0])[source.keep]
     agents = arrays["observations"][0](0, 1).shape[1]
     words = ["python data/convert.py", name := "/".join(Path(args.source or "").resolve().parts[-2:])]
     for key, value in vars(args).items():
-        if key not in ("source", "check", "output", "overwrite") and value not in (None, ()):
+        if key not in ("source", "check", "output", "overwrite", "last_action") and value not in (None, ()):
             words.append(f"--{key.replace('_', '-')} {' '.join(map(str, value)) if key == 'seeds' else value}")
+    if args.last_action != is_battle(args.env):
+        words.append("--last-action" if args.last_action else "--no-last-action")
+    notes = [f"rewards read as {reading}", *source.notes]
+    if "command" in source.metadata:
+        notes.append(f"the source was made by: {source.metadata['command']}")
     return {
+        **source.metadata,
         "schema_version": "1",
         "env": args.env,
         "quality": args.quality,
         "source": name,
         "source_format": source.format,
-        "source_notes": [f"rewards read as {reading}", *source.notes],
+        "source_notes": notes,
         "command": " ".join(words),
-        **statistics(rewards, source.ends[source.keep], agents),
+        **files.statistics(rewards, source.ends[source.keep], agents),
         **{k: v for k in ("random_return", "expert_return") if (v := getattr(args, k)) is not None},
         "versions": {"numpy": np.__version__},
     }
@@ -818,13 +934,15 @@ def check(path: Path) -> None:
     report = inspect(path)
     for finding in [*report.wrong, *(f"doubtful: {finding}" for finding in report.doubtful)]:
         print(f"{path}: {finding}")
+    if "not read" in report.card:
+        print(f"{path}: not read: {report.card['not read']}")
     if report.wrong or report.doubtful:
         sys.exit(2)
     print(f"{path}: nothing wrong")
 
 
 def main(args: Args) -> None:
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is infinity or NaN, which the check finds
+    with np.errstate(over="ignore", invalid="ignore"):  # the check finds the infinity or NaN that comes of it
         if args.check is not None:
             check(args.check)
         else:
@@ -832,7 +950,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written.")
+    files.run(lambda: main(parse()))

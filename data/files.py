@@ -4,6 +4,7 @@ It needs NumPy only, so recording battles loads no torch and recording particle 
 """
 
 import contextlib
+import csv
 import dataclasses
 import json
 import math
@@ -99,6 +100,12 @@ def command(script: str, args) -> str:
     return " ".join([f"python data/{script}", *flags])
 
 
+def settings(args, first: str) -> dict:
+    """The arguments from `first` on: those that a training depends on."""
+    names = list(vars(args))
+    return {name: getattr(args, name) for name in names[names.index(first) :]}
+
+
 # ---- files ----
 
 
@@ -120,6 +127,16 @@ def save(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
         for name, value in {**arrays, "metadata": np.array(json.dumps(metadata, indent=1))}.items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, value, allow_pickle=False)
+
+
+def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def load_policy(path: Path) -> tuple[dict[str, np.ndarray], dict]:

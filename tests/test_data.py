@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pettingzoo.test import parallel_api_test, parallel_seed_test
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import collect, mpe  # noqa: E402
+from data import collect_mpe, files, mpe  # noqa: E402
 
 SHIPPED = ROOT / "data" / "datasets" / "mpe" / "simple_spread" / "expert.npz"
 
@@ -25,7 +26,7 @@ def run_collect(*arguments):
     status, stderr = 0, io.StringIO()
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
-            collect.main(tyro.cli(collect.Args, args=[str(argument) for argument in arguments]))
+            collect_mpe.main(tyro.cli(collect_mpe.Args, args=[str(argument) for argument in arguments]))
         except SystemExit as stop:
             status = stop.code
     return status, stderr.getvalue()
@@ -149,12 +150,10 @@ def test_sparse_reward_needs_an_agent_of_its_own_for_every_landmark():
 def test_discrete_moves():
     env = mpe.parallel_env("simple_spread_discrete")
     for move, direction in enumerate([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]):
-        _, infos = env.reset(seed=3)
+        env.reset(seed=3)
         place(env, [[0, 0], [2, 2], [-2, -2]], np.zeros((3, 2)))
-        obs, _, _, _, next_infos = env.step(dict.fromkeys(env.agents, move))
+        obs, *_ = env.step(dict.fromkeys(env.agents, move))
         np.testing.assert_allclose(obs["agent_0"][:2], 0.5 * np.array(direction), atol=1e-6)  # force 5 for 0.1
-        for info in (infos, next_infos):
-            assert info["agent_1"]["action_mask"].tolist() == [1] * 5
 
 
 def test_actions_are_clipped_and_checked():
@@ -327,9 +326,9 @@ def test_which_prey(tmp_path):
     np.testing.assert_array_equal(paths["trained"], paths["again"])
     others = [paths[name] for name in ("trained", "random", "still")]
     assert all(np.abs(others[i] - others[i - 1]).mean() > 0.05 for i in range(3))
-    with pytest.raises(ValueError, match="choose 'trained' or 'random'"):
+    with pytest.raises(ValueError, match="expected 'trained' or 'random'"):
         mpe.parallel_env("simple_tag", prey="tame")
-    with pytest.raises(ValueError, match=r"are missing: make them with data/collect.py --env \S+ --train"):
+    with pytest.raises(ValueError, match=r"are missing; train them: data/collect_mpe.py --env \S+ --train"):
         mpe.load_prey(tmp_path / "prey.npz")
     (tmp_path / "prey.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="is not a policy"):
@@ -358,7 +357,7 @@ def check_file(data, env_name):
     per_episode = data["rewards"].reshape(-1, 25).sum(1) / num_agents
     assert metadata["episode_return_mean"] == pytest.approx(per_episode.mean(), rel=1e-5)
     # The next observation follows from the physics: position + 0.1 * velocity, in and at the end of an episode.
-    following = collect.next_observations(data)
+    following = collect_mpe.next_observations(data)
     moved = data["observations"][:, :, 2:4] + 0.1 * data["observations"][:, :, 0:2]
     np.testing.assert_allclose(following[:, :, 2:4], moved, atol=1e-5)
     return metadata
@@ -380,7 +379,7 @@ def test_recording_is_reproducible(tmp_path, env_name, quality):
     assert metadata["transitions"] == 250  # whole episodes only
     if "discrete" in env_name:
         assert first["actions"].shape == (250, 3) and first["actions"].dtype == np.int64
-        assert first["action_masks"].shape == (250, 3, 5) and first["action_masks"].dtype == bool
+        assert "action_masks" not in first  # every move is always allowed
     else:
         assert first["actions"].shape == (250, 3, 2) and first["actions"].dtype == np.float32
         assert np.abs(first["actions"]).max() <= 1
@@ -393,16 +392,16 @@ def test_recording_is_reproducible(tmp_path, env_name, quality):
 def test_training_and_medium_replay(tmp_path, env_name):
     """A short training: it learns, it writes what recording needs, and medium-replay repeats its first episodes."""
     short = {"train_episodes": 600, "prey_episodes": 600, "updates_per_round": 20, "eval_episodes": 50}
-    args = collect.Args(env=env_name, train=True, output=tmp_path / "policies", **short)
-    collect.main(args)
+    args = collect_mpe.Args(env=env_name, train=True, output=tmp_path / "policies", **short)
+    collect_mpe.main(args)
     written = {path.name for path in (tmp_path / "policies").iterdir()}
     prey = {"prey.npz"} if "tag" in env_name else set()
     assert written == {"expert.npz", "medium.npz", "references.json", "training.csv"} | prey
     references = json.loads((tmp_path / "policies" / "references.json").read_text())
     assert references["random_return"] != references["expert_return"]
-    trained, metadata = collect.load_policy(tmp_path / "policies" / "medium.npz")
+    trained, metadata = collect_mpe.load_policy(tmp_path / "policies" / "medium.npz")
     assert metadata["training"]["train_episodes"] == 600
-    best, metadata = collect.load_policy(tmp_path / "policies" / "expert.npz")
+    best, metadata = collect_mpe.load_policy(tmp_path / "policies" / "expert.npz")
     assert metadata["updates"] == {200: 0, 400: 40, 600: 80}[metadata["training_episodes"]]
     with open(tmp_path / "policies" / "training.csv") as file:
         curve = {int(row["episodes"]): float(row["eval_return"]) for row in csv.DictReader(file)}
@@ -411,14 +410,14 @@ def test_training_and_medium_replay(tmp_path, env_name):
 
     env, play = mpe.load_prey(tmp_path / "policies" / "prey.npz") if prey else "trained", {}
     for name, episodes in (("whole", 600), ("again", 600), ("first", 400)):
-        play[name] = collect.train(args, None, episodes, env)
+        play[name] = collect_mpe.train(args, None, episodes, env)
     for key, value in play["first"].items():
         rows = 400 if key == "final_observations" else 400 * 25
         assert len(value) == rows
         np.testing.assert_array_equal(play["whole"][key][:rows], value)
         np.testing.assert_array_equal(play["whole"][key], play["again"][key])
     # Learning changes what is played: without updates the later episodes are others.
-    idle = collect.train(collect.Args(env=env_name, **{**short, "updates_per_round": 0}), None, 600, env)
+    idle = collect_mpe.train(collect_mpe.Args(env=env_name, **{**short, "updates_per_round": 0}), None, 600, env)
     np.testing.assert_array_equal(idle["actions"][: 300 * 25], play["whole"]["actions"][: 300 * 25])
     assert (idle["actions"][-100:] != play["whole"]["actions"][-100:]).any()
 
@@ -428,7 +427,7 @@ def test_medium_replay_is_the_training_of_the_shipped_medium_policy(tmp_path):
     assert status == 0, stderr
     replay = load(tmp_path / "a.npz")
     assert check_file(replay, "mpe/simple_spread")["transitions"] == 10_000
-    again = collect.train(collect.Args(), None, 400)
+    again = collect_mpe.train(collect_mpe.Args(), None, 400)
     np.testing.assert_array_equal(again["observations"], replay["observations"])
 
 
@@ -438,7 +437,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np.lib.format, "write_array", broken)
     with pytest.raises(KeyboardInterrupt):
-        collect.save(tmp_path / "x.npz", {"a": np.zeros(3)}, {})
+        files.save(tmp_path / "x.npz", {"a": np.zeros(3)}, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -447,14 +446,16 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     [
         (["--env", "mpe/simple_spred"], "simple_spread_discrete"),
         (["--env", "smac/3m"], "expected mpe/"),
-        (["--quality", "random", "--transitions", "0"], "--transitions 0"),
+        (["--quality", "random", "--transitions", "0"], "--transitions is 0"),
         (["--quality", "random", "--transitions", "24"], "less than one episode"),
-        (["--noise", "-1"], "--noise -1"),
-        (["--noise", "nan"], "--noise nan"),
-        (["--seed", "-1"], "--seed -1"),
+        (["--noise", "-1"], "--noise is -1"),
+        (["--noise", "nan"], "--noise is nan"),
+        (["--seed", "-1"], "--seed is -1"),
         (["--quality", "medium-replay", "--transitions", "24"], "less than one episode"),
-        (["--train", "--train-episodes", "100"], "--train-episodes 100"),
-        (["--train", "--batch-size", "0"], "--batch-size 0"),
+        (["--all"], "--output names one file, but --all writes many"),
+        (["--train", "--train-episodes", "100"], "--train-episodes is 100, expected a number from 400"),
+        (["--train", "--batch-size", "0"], "--batch-size is 0"),
+        (["--train", "--learning-rate", "inf"], "--learning-rate is inf"),
         (["--quality", "brilliant"], "brilliant"),
     ],
 )
@@ -476,9 +477,13 @@ def test_existing_files_are_kept(tmp_path):
 
 def test_all_datasets(tmp_path, monkeypatch, capsys):
     """Those that are there are left alone, somebody's own file too, unless --overwrite; the rest is recorded."""
-    monkeypatch.setattr(collect, "ALL", [("mpe/simple_tag", "expert"), ("mpe/simple_spread", "random")])
-    monkeypatch.setattr(collect, "default_path", lambda args: tmp_path / f"{args.env[4:]}-{args.quality}.npz")
-    own, other = tmp_path / "simple_tag-expert.npz", tmp_path / "simple_spread-random.npz"
+    monkeypatch.setattr(collect_mpe, "ALL", [("mpe/simple_tag", "expert"), ("mpe/simple_spread", "random")])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "policies").symlink_to(ROOT / "data" / "policies")
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    folder = tmp_path / "data" / "datasets" / "mpe"
+    own, other = folder / "simple_tag" / "expert.npz", folder / "simple_spread" / "random.npz"
+    own.parent.mkdir(parents=True)
     own.write_text("precious")
     assert run_collect("--all", "--transitions", 50)[0] == 0
     assert own.read_text() == "precious" and json.loads(str(load(other)["metadata"]))["transitions"] == 50
@@ -492,13 +497,42 @@ def test_all_datasets(tmp_path, monkeypatch, capsys):
 def test_the_command_itself(tmp_path):
     """From another folder and in a process of its own: the same file, and for a mistake one line and no traceback."""
     flags = ["--quality", "random", "--transitions", "50", "--output"]
-    command = [sys.executable, str(ROOT / "data" / "collect.py"), *flags, "own.npz"]
+    command = [sys.executable, str(ROOT / "data" / "collect_mpe.py"), *flags, "own.npz"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert result.returncode == 0, result.stderr
     assert run_collect(*flags, tmp_path / "here.npz")[0] == 0
     assert (tmp_path / "own.npz").read_bytes() == (tmp_path / "here.npz").read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
-    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1 and "Traceback" not in again.stderr
+    assert again.returncode == 2 and again.stderr.startswith("collect_mpe.py: own.npz exists; add --overwrite")
+    assert len(again.stderr.splitlines()) == 1
+
+
+def test_terminated_while_writing(tmp_path):
+    """SIGTERM in the middle of a file leaves nothing behind, and an older file as it was."""
+    (tmp_path / "data.npz").write_text("precious")
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+from data import files
+genuine = np.lib.format.write_array
+def stop(*args, **kwargs):
+    genuine(*args, **kwargs)
+    assert len(os.listdir()) == 2  # the temporary file
+    os.kill(os.getpid(), signal.SIGTERM)
+np.lib.format.write_array = stop
+files.run(lambda: files.save(files.Path("data.npz"), {{"a": np.zeros(9)}}, {{}}))
+print("not reached")"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (143, "", "")
+    assert os.listdir(tmp_path) == ["data.npz"] and (tmp_path / "data.npz").read_text() == "precious"
+
+
+def test_recording_loads_only_what_it_needs():
+    """data/files.py is light, so recording battles loads neither torch nor mpe2."""
+    code = "import sys; from data import files; print({'torch', 'mpe2', 'jax', 'tyro'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
 # ---- what is shipped ----
@@ -523,8 +557,8 @@ def test_shipped_policies_play_as_their_references_say(task):
     references = json.loads((ROOT / "data" / "policies" / "mpe" / task / "references.json").read_text())
     env = mpe.parallel_env(task)
     for quality in ("medium", "expert"):
-        actor, _ = collect.load_policy(ROOT / "data" / "policies" / "mpe" / task / f"{quality}.npz")
-        act = collect.act_with(actor, 5 if env.task.discrete else 0, 0, np.random.default_rng(0))
+        actor, _ = collect_mpe.load_policy(ROOT / "data" / "policies" / "mpe" / task / f"{quality}.npz")
+        act = collect_mpe.act_with(actor, 5 if env.task.discrete else 0, 0, np.random.default_rng(0))
         returns = []
         for episode in range(40):
             obs, _ = env.reset(seed=episode)
