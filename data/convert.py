@@ -740,9 +740,7 @@ def examine(arrays: dict[str, Member], metadata: dict | None, report: Report) ->
         if "action_masks" in good:
             alive = each_row(lambda mask: mask.sum(axis=2) > 1, steps, good["action_masks"])  # [T, N]
             if back := int((alive[1:] & ~alive[:-1] & ~ends[:-1, None]).any(axis=1).sum()):
-                doubtful.append(
-                    f"agents with one allowed action count as dead, but can act again later, {back:,} times"
-                )
+                doubtful.append(f"agents with one allowed action count as dead, but act again later, in {back:,} rows")
         if {"observations", "actions"} <= good.keys():
             if copies := repeated(good, ends, discrete):
                 what = "in whole episodes" if discrete else "in another episode"
@@ -774,10 +772,10 @@ def outliers(column: Column, length: int) -> str:
     """Describe values that are 1,000 times as far from the median of their input as 90 % of the others; "" if none are.
 
     Values within 1e-6 of the median do not count (scripts call them constant), so an input that is mostly zero is
-    judged by its other values. If fewer than 10 of them are among some 2,000 rows, it is not judged.
+    judged by its other values. If fewer than 10 of them are among some 1,000 rows, it is not judged.
     """
-    every = -(-length // 2000)
-    sample = np.concatenate([column(a, b)[-a % every :: every] for a, b in pieces(length, column)])
+    every = -(-length // 1000)
+    sample = np.concatenate([column(a, b)[-a % every :: every].copy() for a, b in pieces(length, column)])
     median = np.median(sample, axis=0)
     usual = np.full(median.shape, np.inf)
     for index in np.ndindex(*median.shape):
@@ -888,7 +886,9 @@ def convert(args: Args) -> None:
             if report.wrong:
                 fail(f"{args.source} ({source.format}) cannot be used: {'; '.join(report.wrong)}")
     except Exception as error:  # libraries and damaged bytes raise anything
-        fail(f"{args.source} could not be converted: {(str(error) or type(error).__name__).splitlines()[0]}")
+        fail(
+            f"{args.source} could not be converted: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}"
+        )
 
     with open(path, "rb") as file:
         report.card["SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()

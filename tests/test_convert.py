@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,10 +19,9 @@ import numpy as np
 import pytest
 import tensorstore
 import toy
-import tyro
 
 sys.path.insert(0, str(toy.ROOT))
-from data import convert
+from data import convert, files
 
 VAULT = Path(__file__).resolve().parent / "vault" / "toy.vlt"
 SHIPPED = toy.ROOT / "data" / "datasets" / "mpe" / "simple_spread" / "expert.npz"
@@ -29,10 +29,11 @@ SHIPPED = toy.ROOT / "data" / "datasets" / "mpe" / "simple_spread" / "expert.npz
 
 def run(*flags):
     """`python data/convert.py FLAGS` in this process: (status, stdout, stderr)."""
-    status, stdout, stderr = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    status, stdout, stderr, words = 0, io.StringIO(), io.StringIO(), [str(flag) for flag in flags]
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convert.py", *words])
         try:
-            convert.main(tyro.cli(convert.Args, args=[str(flag) for flag in flags]))
+            convert.main(convert.parse(words))
         except SystemExit as stop:
             status = stop.code
     return status, stdout.getvalue(), stderr.getvalue()
@@ -66,7 +67,8 @@ def join(episodes):
 def ours(episodes, without=()):
     """What must stand in our file."""
     arrays = join(episodes)
-    arrays["final_observations"] = arrays.pop("next_observations")[arrays["terminals"] | arrays["timeouts"]]
+    for name in [name for name in ("observations", "action_masks") if f"next_{name}" in arrays]:
+        arrays[f"final_{name}"] = arrays.pop(f"next_{name}")[arrays["terminals"] | arrays["timeouts"]]
     return {name: array for name, array in arrays.items() if name not in without}
 
 
@@ -304,7 +306,7 @@ def test_round_trip(name, tmp_path, monkeypatch):
     flags = ["--env", env, "--dataset", tmp_path / "data.npz", "--no-cuda", "--batch-size", 16, "--hidden-dim", 8]
     flags += ["--total-iterations", 200, "--eval-interval", 200, "--eval-episodes", 1, "--final-episodes", 1]
     status, _, stderr = toy.run(script, tmp_path, *flags, monkeypatch=monkeypatch)
-    assert status == 0 and (toy.run_folder(tmp_path) / "policy.pt").exists(), stderr
+    assert status == 0 and (toy.run_folder(tmp_path) / "checkpoint.pt").exists(), stderr
 
 
 def test_time_limit_and_terminal(tmp_path):
@@ -356,7 +358,6 @@ def test_what_a_reward_per_agent_is(tmp_path):
         if individual:
             np.testing.assert_array_equal(arrays["individual_rewards"], given[kept])
             share = (given[kept][:, 0] != given[kept][:, 1]).mean()
-            assert f"mean {given[kept].mean():.3f}, deviation {given[kept].std():.3f}" in stdout
             assert f"in {share:.1%} of the steps" in stdout
 
     folder, length, _ = write_omar(tmp_path)  # predators share every reward, and yet it is each one's own
@@ -367,6 +368,74 @@ def test_what_a_reward_per_agent_is(tmp_path):
     np.testing.assert_array_equal(arrays["rewards"], 2 * arrays["individual_rewards"][:, 0])
     assert run(folder, *flags, *length, "--rewards", "team")[0] == 0
     assert "individual_rewards" not in load(tmp_path / "data.npz")[0]
+
+
+def write_older(folder):
+    """A battle as the collector once wrote it: next_action_masks, and no last actions."""
+    arrays = ours(episodes := play(True, LENGTHS), without=["final_action_masks"])
+    arrays["next_action_masks"] = join(episodes)["next_action_masks"]
+    metadata = {"schema_version": "1", "env": "smax/3m", "quality": "medium", "win_rate": 0.25, "seed": 3}
+    metadata |= {"command": "python data/collect_smax.py", "random_return": -1, "expert_return": 9}
+    metadata |= {"state_owner": [0, 0, 1, 1], "policy": {"env": "smax/3m"}, "episode_return_mean": 77}
+    return save(folder / "older.npz", arrays, json.dumps(metadata)), [], ours(episodes)
+
+
+@pytest.mark.parametrize("write", [write_older, write_pymarl_h5, write_d4rl_npz, write_vault])
+def test_last_actions(write, tmp_path, monkeypatch):
+    """Battles get them by default, other tasks when asked; they are appended once."""
+    source, flags, expected = write(tmp_path)
+    path = tmp_path / "data.npz"
+    flags = [source, *flags, "--quality", "medium", "--overwrite", "--output", path]
+    status, _, stderr = run(*flags, "--env", "toy:matching_discrete")
+    assert status == 0, stderr
+    plain = load(path)[0]
+    for key in ("observations", "final_observations", "action_masks", "final_action_masks"):
+        np.testing.assert_array_equal(plain[key], expected[key])
+
+    slow, last, episode = [], np.zeros((2, 5)), 0
+    finals = np.concatenate([plain["final_observations"], np.zeros((len(plain["final_observations"]), 2, 5))], axis=2)
+    for row, actions in enumerate(plain["actions"]):
+        slow.append(np.concatenate([plain["observations"][row], last], axis=1))
+        last = np.eye(5)[actions]
+        if plain["terminals"][row] or plain["timeouts"][row]:
+            finals[episode, :, 2:], last, episode = last, np.zeros((2, 5)), episode + 1
+    used = plain["timeouts"][plain["terminals"] | plain["timeouts"]] | (write is not write_vault)
+    for piece, asked in ((convert.PIECE, ["--env", "smac/3m"]), (100, ["--env", "x", "--last-action"])):
+        monkeypatch.setattr(convert, "PIECE", piece)
+        status, stdout, stderr = run(*flags, *asked)
+        assert status == 0 and "the last action, 5 numbers" in stdout, stderr
+        arrays, metadata = load(path)
+        np.testing.assert_array_equal(arrays["observations"], np.array(slow, np.float32))
+        np.testing.assert_array_equal(arrays["final_observations"][used], np.float32(finals)[used])
+        assert "--last-action" in metadata["command"] or "smac" in metadata["command"]
+        for key in plain.keys() - {"observations", "final_observations"}:
+            np.testing.assert_array_equal(arrays[key], plain[key])
+    again = ["--env", "smac/3m", "--quality", "medium", "--output", tmp_path / "again.npz"]
+    status, stdout, _ = run(path, *again)
+    assert status == 0 and "end with the last actions already" in stdout
+    for key, array in load(tmp_path / "again.npz")[0].items():
+        np.testing.assert_array_equal(array, arrays[key])
+    assert "do not end with the last actions" in refused(tmp_path, *flags, "--env", "smax/3m", "--no-last-action")
+
+
+def test_what_an_older_file_knows_is_kept(tmp_path):
+    """All of its metadata but what is measured again and how the file was made."""
+    source = write_older(tmp_path)[0]
+    assert "observations do not end with the last actions" in findings(source)[0]
+    flags = ["--env", "smax/3m", "--quality", "medium", "--output", tmp_path / "data.npz"]
+    assert run(source, *flags)[0] == 0
+    old, new = load(source)[1], load(tmp_path / "data.npz")[1]
+    assert {key for key in old if new.get(key) != old[key]} == {"command", "episode_return_mean"}
+    assert new["command"].startswith("python data/convert.py") and old["command"] in new["source_notes"][-1]
+
+
+def test_masks_that_allow_everything(tmp_path):
+    """They say nothing, so the converter leaves them out where it does not know those after the last rows."""
+    arrays = ours(play(True, LENGTHS), without=["final_action_masks"])
+    arrays["action_masks"][:] = True
+    flags = ["--env", "x", "--quality", "y", "--output", tmp_path / "data.npz"]
+    status, stdout, _ = run(only(tmp_path, **arrays), *flags)
+    assert status == 0 and "left out: action_masks" in stdout and "action_masks" not in load(tmp_path / "data.npz")[0]
 
 
 def test_seeds_and_agents(tmp_path):
@@ -380,7 +449,7 @@ def test_seeds_and_agents(tmp_path):
     np.testing.assert_array_equal(arrays["rewards"], expected["individual_rewards"][40:, 0])
     left_out = [
         "left out: the agents [1, 2], which observe [2, 3] numbers",
-        "left out: 3 rows at the end that are no whole",
+        "left out: 3 rows at the end, which are no whole",
     ]
     for words in left_out:
         assert words in stdout and any(words in note for note in metadata["source_notes"])
@@ -442,6 +511,33 @@ def put(row, value):
         return array
 
     return change
+
+
+def forbidden(folder):
+    """In row 7 the second agent may not do what it did."""
+    source, *_ = write_d4rl_npz(folder)
+    with np.load(source) as file:
+        arrays = {key: file[key] for key in file.files}
+    arrays["action_masks"][7, 1, arrays["actions"][7, 1]] = False
+    arrays["next_action_masks"][6] = arrays["action_masks"][7]
+    return (only(folder, **arrays),)
+
+
+def changed_bytes(name, content):
+    def make(folder):
+        source, *_ = write_pymarl_npy(folder)
+        (source / name).write_bytes(content)
+        return (source,)
+
+    return make
+
+
+def group(folder):
+    source, *_ = write_d4rl_hdf5(folder)
+    with h5py.File(source, "a") as file:
+        del file["observations"]
+        file.create_group("observations")
+    return (source,)
 
 
 def without(write, *names):
@@ -533,50 +629,70 @@ def plus(write, *more):
 REFUSED = {
     # what it is: (makes the source and flags, words of the sentence)
     "missing": (lambda folder: (folder / "nowhere.h5",), ["nowhere.h5 does not exist"]),
-    "text": (text("data.txt", "not data"), ["data.txt is none of the formats"]),
-    "empty folder": (empty_folder, ["empty is none of the formats"]),
+    "text": (text("data.txt", "not data"), ["data.txt has none of the formats"]),
+    "empty folder": (empty_folder, ["empty has none of the formats"]),
     "pickle": (text("data.pkl", ""), ["data.pkl: pickles are never loaded"]),
     "folder of pickles": (folder_of_pickles, ["3m: pickles are never loaded"]),
     "pickled objects": (pickled_objects, ["observations holds pickled objects"]),
     "pickled array": (pickled_array, ["buffer could not be converted", "Python objects"]),
+    "no .npy": (changed_bytes("obs.npy", b"nonsense"), ["buffer could not be converted", "magic string"]),
     "text called .h5": (text("data.h5", "not data"), ["data.h5 could not be converted"]),
-    "text called .npz": (text("source.npz", "not data"), ["source.npz could not be converted"]),
+    "text called .npz": (text("source.npz", "not data"), ["source.npz could not be converted: it is not an .npz file"]),
+    "a group": (group, ["observations is a group, expected an array"]),
     "cut short": (cut_short, ["d4rl.hdf5 could not be converted"]),
     "damaged": (damaged, ["d4rl.npz could not be converted"]),
     "several vaults": (several_vaults, ["several datasets", "Good, Poor"]),
-    "no rows": (changed(write_d4rl_npz, "*", lambda x: x[:0]), ["equally many rows", "'observations': 0"]),
+    "no rows": (changed(write_d4rl_npz, "*", lambda x: x[:0]), ["'observations': 0", "expected equally many rows"]),
     "nan everywhere": (
         changed(write_d4rl_npz, "*observations", put((slice(None), 0, 0), np.nan)),
-        ["observations holds NaN or infinity, in 50 rows"],
+        ["observations holds NaN, infinity or numbers from 1e9, in 50 rows"],
     ),
     "no rewards": (without(write_d4rl_npz, "rewards"), ["source.npz lacks rewards", "actions"]),
     "OMAR without a file": (plus(write_omar, "--seeds", 3), ["seed_3_data lacks obs_0, next_obs_0"]),
-    "OMAR, episodes of another length": (plus(write_omar, "--episode-length", 4), ["row 4", "inside of an episode"]),
+    "OMAR, episodes of another length": (plus(write_omar, "--episode-length", 4), ["row 4", "inside an episode"]),
     "OMAR, longer episodes": (longer_episodes, ["go on after 25 rows", "--episode-length"]),
     "OMAR, done inside": (changed(write_omar, "dones_1", put(2, 1)), ["row 2 is done", "--episode-length"]),
-    "OMAR, not in order": (changed(write_omar, "next_obs_1", put(11, 9)), ["after row 11", "inside of an episode"]),
+    "OMAR, not in order": (
+        changed(write_omar, "next_obs_1", put(11, 9)),
+        ["next_observations of row 11", "inside an episode"],
+    ),
     "OMAR, prey first": (changed(write_omar, "*obs_0", lambda x: np.ones((len(x), 3))), ["[3, 2, 3]", "--agents"]),
     "OMAR, too many agents": (plus(write_omar, "--agents", 3), ["[2, 2, 3]", "--agents"]),
     "OMAR, unequal actions": (changed(write_omar, "acs_1", lambda x: x[:, :1]), ["actions differ in size"]),
-    "OMAR, unequal lengths": (changed(write_omar, "rews_0", lambda x: x[:-1]), ["rews_0", "equally many rows"]),
+    "OMAR, unequal lengths": (
+        changed(write_omar, "rews_0", lambda x: x[:-1]),
+        ["'rews_0'", "expected equally many rows"],
+    ),
     "PyMARL, a hole": (changed(write_pymarl_npy, "filled", put((2, 1), 0)), ["episode 2", "filled"]),
     "PyMARL, terminated too late": (changed(write_pymarl_npy, "terminated", put((1, 3), 1)), ["episode 1"]),
     "PyMARL, parts of two maps": (parts_of_two_maps, ["do not fit together"]),
     "PyMARL, individual": (plus(write_pymarl_h5, "--rewards", "individual"), ["only the team's reward"]),
     "D4RL, one agent": (no_agents_axis, ["observations are [9, 2]", "[rows, agents, numbers]"]),
     "D4RL, no end": (changed(write_d4rl_npz, "t*", np.zeros_like), ["no whole episode"]),
-    "D4RL, not in order": (changed(write_d4rl_npz, "next_observations", put(11, 9)), ["after row 11"]),
-    "D4RL, team": (plus(write_d4rl_npz, "--rewards", "team"), ["--rewards team", "differ"]),
+    "D4RL, not in order": (changed(write_d4rl_npz, "next_observations", put(11, 9)), ["observations of row 11"]),
+    "D4RL, masks not in order": (
+        changed(write_d4rl_npz, "next_action_masks", put(11, 0)),
+        ["action_masks of row 11"],
+    ),
+    "D4RL, no final masks": (
+        without(write_d4rl_npz, "next_action_masks"),
+        ["add final_action_masks"],
+    ),
+    "D4RL, team": (plus(write_d4rl_npz, "--rewards", "team"), ["rewards differ; leave out --rewards team"]),
     "D4RL, three rewards": (changed(write_d4rl_npz, "rewards", lambda x: np.ones((len(x), 3))), ["3 rewards"]),
     "nan": (changed(write_d4rl_npz, "rewards", put(3, np.nan)), ["rewards holds NaN", "individual_rewards holds NaN"]),
     "not an index": (changed(write_d4rl_npz, "actions", lambda x: x.astype(float)), ["actions is float32 [50, 2]"]),
-    "forbidden": (changed(write_d4rl_npz, "action_masks", put(7, False)), ["action_masks forbid, in 1 rows"]),
-    "too far": (changed(write_omar, "acs_1", put((3, 1), 1.5)), ["actions leave [-1, 1], in 2 rows"]),
-    "beyond float32": (changed(write_omar, "rews_1", put(3, 1e300)), ["individual_rewards holds NaN or infinity"]),
+    "forbidden": (forbidden, ["action_masks forbid an action that was taken, in 1 rows"]),
+    "too far": (changed(write_omar, "acs_1", put((3, 1), 1.5)), ["actions are outside [-1, 1], in 2 rows"]),
+    "beyond float32": (changed(write_omar, "rews_1", put(3, 1e300)), ["individual_rewards holds NaN, infinity"]),
+    "last actions of none": (
+        plus(write_omar, "--episode-length", 5, "--last-action"),
+        ["no discrete actions", "add --no-last-action"],
+    ),
     "seeds of a vault": (lambda folder: (VAULT, "--seeds", 1), ["--seeds is for OMAR"]),
     "agents of PyMARL": (plus(write_pymarl_h5, "--agents", 1), ["--agents is for OMAR and OG-MARL"]),
-    "no agents": (plus(write_omar, "--agents", 0), ["--agents 0"]),
-    "no length": (plus(write_omar, "--episode-length", 0), ["--episode-length 0"]),
+    "no agents": (plus(write_omar, "--agents", 0), ["--agents is 0"]),
+    "no length": (plus(write_omar, "--episode-length", 0), ["--episode-length is 0"]),
 }
 
 
@@ -586,7 +702,8 @@ def refused(folder, *flags):
     status, stdout, stderr = run(*flags)
     assert status == 2 and not stdout, (status, stdout, stderr)
     sentence = stderr.splitlines()[-1]  # a progress bar may stand before it
-    assert sentence.startswith("error: ") and stderr.count("error: ") == 1 and "Traceback" not in stderr, stderr
+    assert sentence.startswith("convert.py: ") and stderr.count("convert.py: ") == 1, stderr
+    assert "Traceback" not in stderr and not sentence.endswith(".")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     return sentence
 
@@ -612,12 +729,12 @@ def test_missing_package(package, write, tmp_path, monkeypatch):
 
 def test_output(tmp_path, monkeypatch):
     """Where the file goes by default, and that nothing is replaced unasked."""
-    monkeypatch.setattr(convert, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
     source, flags, _ = write_omar(tmp_path)
     flags = [source, *flags, "--env", "mpe/simple_tag", "--quality", "expert"]
     assert run(*flags)[0] == 0
     path = tmp_path / "data" / "datasets" / "mpe" / "simple_tag" / "expert.npz"
-    assert "exists already: add --overwrite" in refused(tmp_path, *flags)
+    assert "exists; add --overwrite" in refused(tmp_path, *flags)
     path.write_bytes(b"")
     assert run(*flags, "--overwrite", "--random-return", -9, "--expert-return", 3)[0] == 0
     metadata = load(path)[1]
@@ -627,8 +744,8 @@ def test_output(tmp_path, monkeypatch):
     for left_out in ("--env", "--quality"):
         where = flags.index(left_out)
         assert "--env and --quality" in refused(tmp_path, *flags[:where], *flags[where + 2 :])
-    assert "give a SOURCE" in refused(tmp_path)
-    assert "a word, not a path" in refused(tmp_path, *flags[:-1], "../expert")
+    assert "give SOURCE" in refused(tmp_path)
+    assert "expected a word" in refused(tmp_path, *flags[:-1], "../expert")
     assert "give both or none" in refused(tmp_path, *flags, "--overwrite", "--random-return", -9)
 
 
@@ -663,11 +780,27 @@ def test_interrupted(tmp_path, monkeypatch):
     assert (tmp_path / "data.npz").read_bytes() == b"older"
 
 
+def test_terminated(tmp_path):
+    """SIGTERM while the file is written leaves nothing behind."""
+    source, _, _ = write_d4rl_npz(tmp_path)
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(toy.ROOT)!r})
+from data import convert, files
+convert.tqdm.update = lambda self, size: os.kill(os.getpid(), signal.SIGTERM)
+files.run(lambda: convert.main(convert.parse()))"""
+    flags = [source, "--env", "x", "--quality", "y", "--output", "data.npz"]
+    command = [sys.executable, "-c", code, *flags]
+    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert result.returncode == 143 and "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["d4rl.npz"]
+
+
 def test_the_command_itself(tmp_path):
     """What a user sees in a terminal, in which this file imports nothing of the repository."""
     command = [sys.executable, toy.ROOT / "data" / "convert.py"]
     result = subprocess.run([*command, "nowhere"], cwd=tmp_path, text=True, capture_output=True, timeout=60)
-    assert result.returncode == 2 and result.stderr.startswith("error: give a SOURCE"), result.stderr
+    assert result.returncode == 2 and result.stderr.startswith("convert.py: give SOURCE"), result.stderr
     result = subprocess.run([*command, "--check", SHIPPED], cwd=tmp_path, text=True, capture_output=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, f"{SHIPPED}: nothing wrong\n"), result.stderr
 
@@ -675,10 +808,25 @@ def test_the_command_itself(tmp_path):
 # ---- the check ----
 
 
+def test_what_nobody_reads(tmp_path):
+    """Other members of a file, even objects and texts, are named and not loaded."""
+    arrays, metadata = healthy("continuous")
+    path = save(tmp_path / "source.npz", {**arrays, "infos": np.full(37, None)}, json.dumps(metadata))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("README", "read me")
+    status, stdout, _ = run("--check", path)
+    assert (status, stdout) == (0, f"{path}: not read: infos, README\n{path}: nothing wrong\n")
+    status, stdout, stderr = run(path, "--env", "x", "--quality", "y", "--output", tmp_path / "data.npz")
+    assert status == 0 and "not read: infos, README" in stdout, stderr
+    assert set(load(tmp_path / "data.npz")[0]) == set(arrays)
+
+
 def healthy(kind):
-    """Arrays and metadata of a file without fault: continuous, discrete, or discrete and with next_observations."""
-    episodes = play(kind != "continuous", [5, 3, 5, 5, 4, 5, 5, 5])
+    """Arrays and metadata without fault: continuous (or with equal rewards), discrete, or discrete with next_*."""
+    episodes = play(kind in ("discrete", "next"), [5, 3, 5, 5, 4, 5, 5, 5])
     arrays = ours(episodes)
+    if kind == "equal":
+        arrays["individual_rewards"][:], arrays["rewards"][:] = 0.25, 0.5
     if kind == "next":
         arrays = join(episodes)
     ends = np.flatnonzero(arrays["terminals"] | arrays["timeouts"])
@@ -718,8 +866,24 @@ def forbid(arrays, metadata):
     arrays["action_masks"][0, 0] = np.arange(5) != arrays["actions"][0, 0]
 
 
+def add_masks(arrays, metadata):
+    arrays |= {"action_masks": np.ones((37, 2, 5), bool), "final_action_masks": np.ones((8, 2, 5), bool)}
+
+
+def one_row(arrays, metadata):
+    for name, array in arrays.items():
+        arrays[name] = array[-1:]
+    for name in [name for name in metadata if name not in ("schema_version", "env")]:
+        del metadata[name]
+
+
+def revive(arrays, metadata):
+    """The first agent can do only one thing in row 1, and more in row 2 of the same episode."""
+    arrays["action_masks"][1, 0] = np.arange(5) == arrays["actions"][1, 0]
+
+
 def copy_an_episode(arrays, metadata):
-    for name in ("observations", "actions", "action_masks", "next_action_masks"):
+    for name in ("observations", "actions", "action_masks"):
         arrays[name][8:13] = arrays[name][0:5]
 
 
@@ -744,23 +908,28 @@ FOUND = {
         f"no {name}": ("continuous", drop(name), [f"{name} is missing"])
         for name in ("observations", "actions", "rewards", "terminals", "timeouts")
     },
-    "nothing next": ("continuous", drop("final_observations"), ["next_observations is missing, or final_observations"]),
+    "nothing next": (
+        "continuous",
+        drop("final_observations"),
+        ["final_observations is missing (or next_observations)"],
+    ),
     "agents": ("continuous", replace("actions", lambda x: np.repeat(x, 2, axis=1)), ["actions is float32 [37, 4, 2]"]),
     "rows": ("continuous", replace("individual_rewards", lambda x: x[:-1]), ["[36, 2], expected float [37, 2]"]),
     "dtype": ("continuous", replace("terminals", lambda x: x.astype(int)), ["terminals is int64 [37], expected bool"]),
     "flat": ("continuous", replace("states", np.ravel), ["states is float32 [148], expected float [37, any]"]),
     "masks": ("next", replace("next_action_masks", lambda x: x[..., :4]), ["[37, 2, 4], expected bool [37, 2, 5]"]),
     "nan": ("continuous", replace("observations", put((3, 1, 0), np.nan)), ["observations holds NaN", "in 1 rows"]),
-    "infinity": ("continuous", replace("states", put(3, np.inf)), ["states holds NaN or infinity"]),
+    "infinity": ("continuous", replace("states", put(3, np.inf)), ["states holds NaN, infinity"]),
+    "a large number": ("continuous", replace("observations", put((3, 1, 0), -1e9)), ["numbers from 1e9, in 1 rows"]),
     "out of float32": (
         "continuous",
         replace("rewards", lambda x: x.astype(float) * 1e300),
-        ["rewards holds NaN or infinity"],
+        ["rewards holds NaN, infinity"],
     ),
     "nan at the end": ("continuous", replace("final_observations", put(2, np.nan)), ["final_observations holds NaN"]),
-    "far": ("continuous", replace("actions", put((4, 1, 1), -1.5)), ["actions leave [-1, 1], in 1 rows"]),
-    "no such action": ("discrete", replace("actions", put((4, 1), 5)), ["actions leave 0 to 4, in 1 rows"]),
-    "forbidden": ("discrete", forbid, ["actions are taken that action_masks forbid, in 1 rows"]),
+    "far": ("continuous", replace("actions", put((4, 1, 1), -1.5)), ["actions are outside [-1, 1], in 1 rows"]),
+    "no such action": ("discrete", replace("actions", put((4, 1), 5)), ["actions are outside 0 to 4, in 1 rows"]),
+    "forbidden": ("discrete", forbid, ["action_masks forbid an action that was taken, in 1 rows"]),
     "all forbidden": ("next", replace("next_action_masks", put((4, 0), False)), ["next_action_masks allow an agent"]),
     "sum": ("continuous", replace("rewards", put(6, 7)), ["not the sum of individual_rewards, in 1 rows"]),
     "mean": ("continuous", replace("rewards", lambda x: x / 2), ["not the sum of individual_rewards"]),
@@ -769,20 +938,48 @@ FOUND = {
     "ends": ("continuous", replace("final_observations", lambda x: x[1:]), ["has 7 rows, but 8 episodes end"]),
     "next": ("next", replace("next_observations", put(6, 0.5)), ["next_observations inside an episode", "in 1 rows"]),
     "next mask": ("next", replace("next_action_masks", put(6, True)), ["next_action_masks inside an episode", "in 1"]),
-    "no next mask": ("next", drop("next_action_masks"), ["next_action_masks is missing: after a timeout"]),
+    "no next mask": ("next", drop("next_action_masks"), ["final_action_masks is missing (or next_action_masks)"]),
+    "no final mask": ("discrete", drop("final_action_masks"), ["final_action_masks is missing"]),
+    "final masks": ("discrete", replace("final_action_masks", lambda x: x[1:]), ["masks has 7 rows, but 8 episodes"]),
+    "a final mask": ("discrete", replace("final_action_masks", put((4, 0), False)), ["final_action_masks allow an"]),
+    "continuous masks": ("continuous", add_masks, ["action_masks are given, but actions are not whole numbers"]),
+    "one row": ("continuous", one_row, ["there are 1 transitions, expected 2 or more"]),
+    "equal rewards": ("equal", lambda arrays, metadata: None, ["rewards are all 0.5, expected different ones"]),
+    "back to life": ("discrete", revive, ["doubtful: agents with one allowed action count as dead", "in 1 rows"]),
+    "an outlier": (
+        "continuous",
+        replace("observations", put((3, 1, 0), 1e4)),
+        ["1 outliers", "[1, 0]"],
+    ),
+    "an outlying state": (
+        "continuous",
+        replace("states", put((3, 2), 1e4)),
+        ["states hold 1 outliers", "[2]"],
+    ),
+    "no last actions": ("discrete", tell(env="smac/3m"), ["observations do not end with the last actions"]),
     "an episode twice": ("discrete", copy_an_episode, ["5 rows (13.5%) repeat earlier ones in whole episodes"]),
     "a row twice": ("continuous", copy_a_row, ["1 rows (2.7%) repeat earlier ones in another episode"]),
     "version": ("continuous", tell(schema_version="2"), ["schema_version is '2'"]),
     "env": ("continuous", tell(env=None), ["env is None"]),
-    "transitions": ("continuous", tell(transitions=38), ["transitions is 38, but in the file it is 37"]),
-    "episodes": ("continuous", tell(episodes=9), ["episodes is 9, but in the file it is 8"]),
+    "transitions": ("continuous", tell(transitions=38), ["transitions is 38, expected 37 as in the arrays"]),
+    "episodes": ("continuous", tell(episodes=9), ["episodes is 9, expected 8 as in the arrays"]),
     **{
-        f"{key}": ("continuous", tell(**{key: 1e3}), [f"{key} is 1000, but in the file"])
+        f"{key}": ("continuous", tell(**{key: 1e3}), [f"{key} is 1000.0, expected", "as in the arrays"])
         for key in ("episode_return_mean", "episode_return_std", "episode_return_min", "episode_return_max")
     },
     "a word": ("continuous", tell(random_return="low"), ["random_return is 'low', expected a number"]),
     "nan reference": ("continuous", tell(expert_return=float("nan")), ["expert_return is nan, expected a number"]),
-    "references": ("continuous", tell(expert_return=-1e9), ["expert_return -1e+09 is not above random_return"]),
+    "400 digits": ("continuous", tell(expert_return=10**400), ["expert_return is 1000000", "expected a number"]),
+    "true": ("continuous", tell(paper_random_return=True), ["paper_random_return is True, expected a number"]),
+    "references": ("continuous", tell(expert_return=-1e8), ["expert_return -1e+08 is not above random_return"]),
+    "owners": (
+        "continuous",
+        tell(state_owner=[0, 0, 1]),
+        ["state_owner is a list, expected a list of 4 agents"],
+    ),
+    "no such owner": ("continuous", tell(state_owner=[0, 0, 1, 2]), ["state_owner", "from 0 to 1, or -1 for none"]),
+    "half an owner": ("continuous", tell(state_owner=[0, 0, 1, 0.5]), ["state_owner", "from 0 to 1"]),
+    "owner of all": ("continuous", tell(state_owner=1), ["state_owner is 1, expected a list"]),
     "expert": ("continuous", at(0.4, "expert"), ["quality is expert", "40% of the way"]),
     "random": ("continuous", at(0.4, "random"), ["quality is random", "40% of the way"]),
     "medium, too good": ("continuous", at(1.1, "medium"), ["quality is medium", "110% of the way"]),
@@ -811,28 +1008,48 @@ def test_all_findings_at_once(tmp_path):
     arrays["individual_rewards"][6] += 1
     del metadata["env"]
     found = "\n".join(findings(save(tmp_path / "data.npz", arrays, json.dumps(metadata))))
-    words = ["timeouts is uint8", "observations holds NaN", "actions leave 0 to 4", "forbid", "allow an agent nothing"]
+    words = ["timeouts is uint8", "observations holds NaN", "outside 0 to 4", "forbid", "allow an agent nothing"]
     for word in [*words, "not the sum", "env is None"]:
         assert word in found, found
     assert len(found.splitlines()) == 7
 
 
 def test_files_that_are_none(tmp_path):
-    """No zip, cut short, damaged, pickled, wrong or no metadata, without rows; missing."""
+    """No zip, cut short, damaged, pickled, wrong or no metadata, without rows; missing. No advice to load pickles."""
     arrays, metadata = healthy("continuous")
     whole = save(tmp_path / "whole.npz", arrays, json.dumps(metadata)).read_bytes()
     (tmp_path / "text.npz").write_text("these are no arrays")
     (tmp_path / "short.npz").write_bytes(whole[:-300])
     (tmp_path / "damaged.npz").write_bytes(whole[:300] + bytes(9) + whole[309:])
     np.savez(tmp_path / "pickled.npz", observations=np.full((2, 2, 2), None))
-    for name in ("text", "short", "damaged", "pickled"):
+    start = whole.index(b"{'descr'")
+    (tmp_path / "header.npz").write_bytes(whole[:start] + b"[" + whole[start + 1 :])
+    claim = whole.replace(b"(37, 2, 2), }     ", b"(9999999, 2, 2), }")
+    (tmp_path / "claim.npz").write_bytes(claim)
+    (tmp_path / "method.npz").write_bytes(whole.replace(b"PK\x01\x02\x14\x03\x2d\x00\x00\x00\x00\x00", bytes(12)))
+    words = {
+        "text": "not an .npz",
+        "short": "not an .npz",
+        "damaged": "",
+        "pickled": "pickled objects, which are never",
+    }
+    for name, word in (words | {"header": "damaged header", "claim": "do not make", "method": ""}).items():
         (finding,) = findings(tmp_path / f"{name}.npz")
-        assert "cannot be read" in finding
+        assert "cannot be read" in finding and word in finding and "allow_pickle" not in finding, finding
     assert findings(save(tmp_path / "a.npz", arrays, None)) == ["metadata is missing"]
-    for content in ("{not JSON", "3", "[1]"):
+    for content in (
+        "{not JSON",
+        "3",
+        "[1]",
+        '[["env", "x"]]',
+        '{"a":' * 3000 + "1" + "}" * 3000,
+        '{"a": 1' + "0" * 5000,
+    ):
         assert findings(save(tmp_path / "a.npz", arrays, content)) == ["metadata is not the text of a JSON object"]
     empty = {name: array[:0] for name, array in arrays.items()}
-    assert "there are no transitions" in findings(save(tmp_path / "a.npz", empty, json.dumps(metadata)))
+    assert "there are 0 transitions, expected 2 or more" in findings(
+        save(tmp_path / "a.npz", empty, json.dumps(metadata))
+    )
     assert "nowhere.npz is not a file" in refused(tmp_path, "--check", tmp_path / "nowhere.npz")
 
 
@@ -852,7 +1069,7 @@ def test_nothing_wrong(kind, tmp_path, monkeypatch):
 def test_repetition_that_is_healthy(tmp_path):
     """The same start and a dead team in every episode of a discrete task; an agent that rests in a continuous one."""
     arrays, metadata = healthy("discrete")
-    del arrays["action_masks"], arrays["next_action_masks"]
+    del arrays["action_masks"], arrays["final_action_masks"]
     starts = np.flatnonzero(np.append(True, (arrays["terminals"] | arrays["timeouts"])[:-1]))
     for rows in (starts, starts + 1):
         for name in ("observations", "actions"):
@@ -862,6 +1079,26 @@ def test_repetition_that_is_healthy(tmp_path):
     for name in ("observations", "actions"):
         arrays[name][1:5] = arrays[name][0]
     assert not findings(save(tmp_path / "a.npz", arrays, json.dumps(metadata)))
+
+
+def test_what_is_no_outlier(tmp_path):
+    """Inputs that are mostly zero, rounding errors, a second cluster far away, and one that is nearly constant."""
+    rng, (arrays, _) = np.random.default_rng(0), healthy("continuous")
+    arrays = {name: np.tile(array, (40, *[1] * (array.ndim - 1))) for name, array in arrays.items()}
+    arrays["actions"] = rng.uniform(-1, 1, arrays["actions"].shape)
+    length = len(arrays["rewards"])
+    arrays["states"] = states = np.zeros((length, 6), np.float32)
+    states[:, 0] = rng.random(length) < 0.02  # a rare event
+    states[:, 1] = np.where(rng.random(length) < 0.05, rng.normal(size=length), 0)
+    states[:, 2] = np.where(rng.random(length) < 0.2, 1, 1e-8 * rng.random(length))
+    states[:, 3] = np.where(rng.random(length) < 0.05, 1e4, rng.normal(size=length))  # 5 % are common
+    states[7, 4] = 1e4  # nothing else is to be seen there
+    states[:, 5] = rng.standard_t(2, length)
+    path, about = tmp_path / "a.npz", json.dumps({"schema_version": "1", "env": "x"})
+    assert not findings(save(path, arrays, about))
+    states[7, 1] = 1e4  # hides the rare values
+    (finding,) = findings(save(path, arrays, about))
+    assert "states hold 1 outliers" in finding and "input [1] 10000 from the median" in finding
 
 
 def test_doubts_are_told_and_written(tmp_path):
