@@ -11,6 +11,7 @@ import importlib
 import io
 import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from pettingzoo.test import parallel_api_test
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data import convert, files  # noqa: E402
 
 STILL = 4  # the action; 0 to 3 move, to the north, east, south and west, and those from 5 on attack
 MOMENTS = 8  # in a step
@@ -42,7 +44,7 @@ def test_no_package(tmp_path, monkeypatch, script, missing):
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)  # Python's way to say that there is none
     monkeypatch.setattr(sys, "path", sys.path[:])  # make_env appends to it
-    flags = ["--map", "2s3z"] if script.startswith("data") else ["--env", "smax/2s3z", "--no-cuda"]
+    flags = ["--env", "smax/2s3z", *([] if script.startswith("data") else ["--no-cuda"])]
     status, _, stderr = toy.run(script, tmp_path, *flags, monkeypatch=monkeypatch)
     assert status == 2 and stderr.count("\n") == 1 and "pip install jaxmarl==0.2.0" in stderr, stderr
     assert not list(tmp_path.iterdir())
@@ -100,10 +102,11 @@ class Game:
                 "moments": self.rules.step_env(key, world, joint, True),  # the states after each
                 "mine": mine,
                 "outcome": outcome,
-                "view": self.battle.view(mine),
+                "view": self.battle.view(mine, actions),
             }
 
-        self._both, self._view = jax.jit(both), jax.jit(self.battle.view)
+        none = np.full(self.num_agents, -1)
+        self._both, self._view = jax.jit(both), jax.jit(lambda world: self.battle.view(world, none))
 
     def key(self, number):
         return self.jax.random.PRNGKey(number)
@@ -185,8 +188,10 @@ def test_battles_are_those_of_jaxmarl(battles):
             assert outcome.terminal == (not (allies and enemies)) and not (outcome.terminal and outcome.timeout)
             assert outcome.won == (allies and not enemies)
             masks = game.rules.get_avail_actions(after.theirs)
+            last = np.eye(game.battle.num_actions)[battle[i][1]]
             for j, name in enumerate(game.rules.agents):
-                np.testing.assert_allclose(after.view.observations[j], after.observations[name], atol=1e-5)
+                expected = np.concatenate([after.observations[name], last[j]])
+                np.testing.assert_allclose(after.view.observations[j], expected, atol=1e-5)
                 np.testing.assert_array_equal(after.view.masks[j], masks[name])
             np.testing.assert_allclose(after.view.state, after.observations["world_state"], atol=1e-5)
     assert len(set(lengths)) > 1  # not the same battle again and again
@@ -371,7 +376,7 @@ def test_unknown_maps(smax, monkeypatch, capsys, name, words):
     import macca_cql
 
     for make in (smax.Battle, smax.parallel_env):
-        with pytest.raises(ValueError, match=rf"unknown SMAX map '{name}'.*: choose one of 3m, 2s3z") as error:
+        with pytest.raises(ValueError, match=rf"unknown SMAX map '{name}'.*, expected one of 3m, 2s3z") as error:
             make(name)
         assert words in str(error.value)
     monkeypatch.setattr(sys, "path", sys.path[:])  # make_env appends to it
@@ -442,8 +447,10 @@ def test_everybody_sees_what_the_battle_shows(env):
     import jax
 
     look, (observations, infos), seen = jax.jit(env.battle.view), env.reset(seed=0), set()
+    last, actions = np.full(3, -1), np.zeros(env.battle.num_actions)
+    assert not np.stack(list(observations.values()))[:, -len(actions) :].any()  # no action yet
     while env.agents:
-        view = look(env.world)
+        view = look(env.world, last)
         assert list(observations) == list(infos) == env.possible_agents
         for i, agent in enumerate(env.possible_agents):
             assert observations[agent].dtype == np.float32
@@ -461,7 +468,10 @@ def test_everybody_sees_what_the_battle_shows(env):
         state[:] = 9
         np.testing.assert_array_equal(env.seen.masks, masks)
         assert (env.state() != 9).any() and (env.seen.observations != 9).any()
-        observations, *_, infos = env.step(dict(zip(env.agents, map(brave, masks), strict=True)))
+        last = np.array([brave(mask) for mask in masks])
+        observations, *_, infos = env.step(dict(zip(env.agents, last, strict=True)))
+        for agent, action in zip(env.possible_agents, last, strict=True):
+            assert np.flatnonzero(observations[agent][-len(actions) :]).tolist() == [action]
     assert len(seen) > 3
 
 
@@ -471,10 +481,11 @@ def test_the_dead_stay_and_can_only_stand_still(env):
         assert list(infos) == list(rewards) == env.possible_agents
         for agent, info in infos.items():
             if info["action_mask"].sum() == 1:
-                assert info["action_mask"][STILL] == 1 and not observations[agent].any()
+                assert info["action_mask"][STILL] == 1 and not observations[agent][: -env.battle.num_actions].any()
                 dead.add(agent)
             else:
-                assert agent not in dead and info["action_mask"][: STILL + 1].all() and observations[agent].any()
+                assert agent not in dead and info["action_mask"][: STILL + 1].all()
+                assert observations[agent][: -env.battle.num_actions].any()
         waited += 0 < len(dead) < len(infos)
     assert len(dead) == len(env.possible_agents) and waited  # or nothing was tested
 
@@ -557,7 +568,7 @@ def collect(smax, tmp_path_factory):
         patch.setattr(collect_smax, "WORLDS", 16)
         patch.setattr(collect_smax, "Battle", functools.cache(collect_smax.Battle))
         patch.setattr(collect_smax, "make_player", functools.cache(collect_smax.make_player))
-        patch.setattr(collect_smax, "ROOT", tmp_path_factory.mktemp("root"))
+        patch.setattr(files, "ROOT", tmp_path_factory.mktemp("root"))
         yield collect_smax
 
 
@@ -567,10 +578,20 @@ HIDDEN, TRANSITIONS = 64, 32_768  # of the training below
 @pytest.fixture(scope="module")
 def trained(collect):
     """Policies that a short training on 3m wrote: the root of their folder."""
-    flags = ["--map", "3m", "--train", "--train-transitions", TRANSITIONS, "--hidden-dim", HIDDEN, "--minibatches", 4]
+    flags = [
+        "--env",
+        "smax/3m",
+        "--train",
+        "--train-transitions",
+        TRANSITIONS,
+        "--hidden-dim",
+        HIDDEN,
+        "--minibatches",
+        4,
+    ]
     status, stderr = run_collect(collect, *flags, "--eval-interval", 16)
     assert status == 0, stderr
-    return collect.ROOT
+    return files.ROOT
 
 
 @pytest.fixture(scope="module")
@@ -579,12 +600,12 @@ def by_hand(collect, tmp_path_factory):
     import jax
 
     root, battle = tmp_path_factory.mktemp("by_hand"), collect.Battle("3m")
-    sizes = (battle.obs_dim + battle.num_actions + battle.num_agents, HIDDEN, battle.num_actions)
+    sizes = (battle.obs_dim + battle.num_agents, HIDDEN, battle.num_actions)
     network = {name: np.array(x) for name, x in collect.make_network(jax.random.PRNGKey(0), *sizes).items()}
     network["bias_2"] += [0, 10, 0, 0, 5, 40, 30, 20]
     folder = root / "data" / "policies" / "smax" / "3m"
     for quality in ("medium", "expert"):
-        collect.save(folder / f"{quality}.npz", network, {"env": "smax/3m", "seed": 0, "training_transitions": 0})
+        files.save(folder / f"{quality}.npz", network, {"env": "smax/3m", "seed": 0, "training_transitions": 0})
     references = {"random_return": 0.6, "expert_return": 6.5, "random_return_standard_error": 0.1, "medium_return": 3.0}
     (folder / "references.json").write_text(json.dumps(references))
     return root
@@ -594,14 +615,14 @@ def by_hand(collect, tmp_path_factory):
 def dataset(collect, by_hand):
     """A small one that the policy made by hand recorded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect, "ROOT", by_hand)
+        patch.setattr(files, "ROOT", by_hand)
         path = by_hand / "expert.npz"
         status, stderr = run_collect(collect, *RECORD, "--output", path)
         assert status == 0, stderr
     return path
 
 
-RECORD = ["--map", "3m", "--transitions", 2000, "--noise", 0.2]
+RECORD = ["--env", "smax/3m", "--transitions", 2000, "--noise", 0.2]
 
 
 def run_collect(collect, *arguments):
@@ -633,7 +654,7 @@ def check_file(data):
         "individual_rewards": ("float32", (transitions, num_agents)),
         "actions": ("int64", (transitions, num_agents)),
         "action_masks": ("bool", (transitions, num_agents, data["action_masks"].shape[2])),
-        "next_action_masks": ("bool", data["action_masks"].shape),
+        "final_action_masks": ("bool", (len(ends), *data["action_masks"].shape[1:])),
         "terminals": ("bool", (transitions,)),
         "timeouts": ("bool", (transitions,)),
         "metadata": (data["metadata"].dtype, ()),
@@ -646,16 +667,20 @@ def check_file(data):
     assert np.take_along_axis(data["action_masks"], data["actions"][..., None], 2).all()
 
     inside = np.delete(np.arange(transitions), ends)
-    np.testing.assert_array_equal(data["next_action_masks"][inside], data["action_masks"][inside + 1])
     starts = np.concatenate([[0], ends[:-1] + 1])
+    choices = data["action_masks"].shape[2]
+    taken = np.eye(choices)[data["actions"]]
+    np.testing.assert_array_equal(data["observations"][inside + 1, :, -choices:], taken[inside])
+    np.testing.assert_array_equal(data["final_observations"][:, :, -choices:], taken[ends])
+    assert not data["observations"][starts, :, -choices:].any()
     lengths, health = ends - starts + 1, data["states"][:, :60:10]  # of 3m's six units
     assert lengths.max() <= 100 and (health[starts] == 1).all()  # every battle from its beginning
     assert (lengths[data["timeouts"][ends]] == 100).all()
     loss = (health[inside] - health[inside + 1])[:, 3:].sum(1)
     np.testing.assert_allclose(data["rewards"][inside], 10 * loss / 3, atol=1e-4)
-    # What a final observation says of the observer itself: whether it lives, for the next masks say that, too.
-    alive = data["next_action_masks"][ends].sum(2) > 1
-    np.testing.assert_array_equal(data["final_observations"].any(2), alive)
+    # The observer's own part of a final observation says whether it lives, as the final masks do.
+    alive = data["final_action_masks"].sum(2) > 1
+    np.testing.assert_array_equal(data["final_observations"][:, :, :-choices].any(2), alive)
 
     metadata = json.loads(str(data["metadata"]))
     assert metadata["schema_version"] == "1" and metadata["env"] == "smax/3m"
@@ -672,7 +697,7 @@ def check_file(data):
 
 def test_recording(collect, by_hand, dataset, monkeypatch, tmp_path):
     """A whole dataset; the same seed gives the same bytes, and the command in it is how it was made."""
-    monkeypatch.setattr(collect, "ROOT", by_hand)
+    monkeypatch.setattr(files, "ROOT", by_hand)
     data = load(dataset)
     metadata = check_file(data)
     assert 1900 < metadata["transitions"] <= 2000 and 0.05 < metadata["win_rate"] < 0.95
@@ -694,17 +719,19 @@ def test_recording(collect, by_hand, dataset, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", toy.SCRIPTS)
 def test_the_scripts_accept_the_file(env, dataset, name):
-    script = importlib.import_module(name)
-    arrays = load(dataset)
-    for last_action in (False, True):
-        args = script.Args(env="smax/3m", credit="truth", last_action=last_action, cuda=False)
-        data, metadata = script.load_dataset(dataset, args, env)
-        assert len(metadata["state_owner"]) == data["states"].shape[1]
-        assert data["observations"].shape[2] == env.battle.obs_dim + last_action * env.battle.num_actions
-        np.testing.assert_array_equal(data["alive"], arrays["action_masks"].sum(2) > 1)
-        ends = arrays["terminals"] | arrays["timeouts"]
-        following = data["next_observations"][:, :, : env.battle.obs_dim]
-        np.testing.assert_array_equal(following[ends], arrays["final_observations"])
+    script, arrays = importlib.import_module(name), load(dataset)
+    data, metadata = script.load_dataset(dataset, script.Args(env="smax/3m", credit="truth", cuda=False), env)
+    assert len(metadata["state_owner"]) == data["states"].shape[1]
+    assert data["observations"].shape[2] == env.battle.obs_dim
+    np.testing.assert_array_equal(data["alive"], arrays["action_masks"].sum(2) > 1)
+    ends = arrays["terminals"] | arrays["timeouts"]
+    np.testing.assert_array_equal(data["next_observations"][ends], arrays["final_observations"])
+    np.testing.assert_array_equal(data["next_action_masks"][ends], arrays["final_action_masks"])
+
+
+def test_the_check_finds_nothing(dataset):
+    report = convert.inspect(dataset)
+    assert not report.wrong and [doubt[:17] for doubt in report.doubtful] in ([], ["quality is expert"])
 
 
 @pytest.mark.parametrize("name", toy.SCRIPTS)
@@ -722,6 +749,21 @@ def test_the_scripts_run(smax, dataset, monkeypatch, tmp_path, name):
         assert 0 <= float(row["return"]) <= 20 / 3 + 1e-3 and np.isfinite(float(row["credit_skill"]))
 
 
+def test_recording_loads_no_torch(smax, by_hand, dataset, tmp_path):
+    """A battle is recorded without torch and without mpe2, which are for particle tasks."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from data import collect_smax, files
+collect_smax.WORLDS, files.ROOT = 16, files.Path({str(by_hand)!r})
+collect_smax.main(collect_smax.tyro.cli(collect_smax.Args))
+print({{"torch", "mpe2"}} & {{*sys.modules}})"""
+    flags = [str(flag) for flag in [*RECORD, "--output", tmp_path / "data.npz"]]
+    result = subprocess.run([sys.executable, "-c", code, *flags], text=True, capture_output=True, timeout=300)
+    assert result.returncode == 0 and result.stdout.endswith("set()\n"), result.stdout + result.stderr
+    assert load(tmp_path / "data.npz")["rewards"].shape == load(dataset)["rewards"].shape
+
+
 def test_training(collect, trained):
     """It learns, and writes what recording needs."""
     folder = trained / "data" / "policies" / "smax" / "3m"
@@ -735,16 +777,16 @@ def test_training(collect, trained):
         rows = list(csv.DictReader(file))
     curve = {int(row["transitions"]): (float(row["won"]), float(row["eval_return"])) for row in rows}
     assert list(curve) == [TRANSITIONS * i // 4 for i in range(1, 5)]
-    best, origin = collect.load_policy(folder / "expert.npz")
+    best, origin = files.load_policy(folder / "expert.npz")
     assert curve[origin["training_transitions"]] == max(curve.values()) and origin["env"] == "smax/3m"
     assert origin["training"]["train_transitions"] == TRANSITIONS and "seed" not in origin["training"]
     assert best["weight_1"].shape == (HIDDEN, HIDDEN)
-    earlier = collect.load_policy(folder / "medium.npz")[1]["training_transitions"]
+    earlier = files.load_policy(folder / "medium.npz")[1]["training_transitions"]
     half, allowed = max(curve.values())[0] / 2, [t for t in curve if t <= origin["training_transitions"]]
     assert abs(curve[earlier][0] - half) == min(abs(curve[t][0] - half) for t in allowed)
     # Policies that are there stay.
     before = (folder / "expert.npz").stat().st_mtime_ns
-    status, stderr = run_collect(collect, "--map", "3m", "--train")
+    status, stderr = run_collect(collect, "--env", "smax/3m", "--train")
     assert status == 2 and "--overwrite" in stderr and (folder / "expert.npz").stat().st_mtime_ns == before
 
 
@@ -754,12 +796,12 @@ def test_medium_replay_is_the_training(collect, trained, monkeypatch, tmp_path):
 
     made, genuine = [], collect.make_trainer
     monkeypatch.setattr(collect, "make_trainer", lambda *given: made.append(genuine(*given)) or made[-1])
-    monkeypatch.setattr(collect, "ROOT", trained)
-    network, origin = collect.load_policy(trained / "data" / "policies" / "smax" / "3m" / "medium.npz")
+    monkeypatch.setattr(files, "ROOT", trained)
+    network, origin = files.load_policy(trained / "data" / "policies" / "smax" / "3m" / "medium.npz")
     rounds = origin["training_transitions"] // (collect.STEPS * collect.WORLDS)
     size = rounds * collect.STEPS + 200  # one world and a bit
     path = tmp_path / "replay.npz"
-    flags = ["--map", "3m", "--quality", "medium-replay", "--transitions", size, "--output", path]
+    flags = ["--env", "smax/3m", "--quality", "medium-replay", "--transitions", size, "--output", path]
     status, stderr = run_collect(collect, *flags)
     assert status == 0, stderr
     data = load(path)
@@ -816,43 +858,44 @@ def test_battle_totals(collect):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--map", "nosuchmap"], "--map: unknown SMAX map 'nosuchmap'"),
-        (["--map", "MMM2"], "medivac"),
-        (["--map", "8m"], "8m/expert.npz is missing: make the behaviour policies with --train"),
+        (["--env", "smax/nosuchmap"], "--env is smax/nosuchmap: unknown SMAX map 'nosuchmap'"),
+        (["--env", "smax/MMM2"], "medivac"),
+        (["--env", "smac/3m"], "--env is smac/3m: expected smax/ and a map"),
+        (["--env", "smax/8m"], "8m/expert.npz is missing; train the behaviour policies with --train"),
         (["--quality", "random"], "random"),
-        (["--transitions", "0"], "--transitions 0: expected a positive number"),
-        (["--transitions", "5"], "--transitions 5 is less than one battle"),
-        (["--noise", "1.5"], "--noise 1.5: expected a number from 0 to 1"),
-        (["--noise", "nan"], "--noise nan"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--seed", str(2**31)], "--seed 2147483648: expected a number from 0 to 2147483647"),
-        (["--train", "--train-transitions", "5000"], "--train-transitions 5000: expected 5120 or more"),
-        (["--train", "--minibatches", "3"], "--minibatches 3: expected a divisor of 512"),
-        (["--train", "--hidden-dim", "0"], "--hidden-dim 0"),
-        (["--train", "--learning-rate", "inf"], "--learning-rate inf"),
-        (["--train", "--gamma", "-0.1"], "--gamma -0.1"),
-        (["--train", "--trace", "2"], "--trace 2.0"),
+        (["--transitions", "0"], "--transitions is 0, expected a number from 1"),
+        (["--transitions", "5"], "--transitions is 5, less than one episode"),
+        (["--noise", "1.5"], "--noise is 1.5, expected a number from 0 to 1"),
+        (["--noise", "nan"], "--noise is nan"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--seed", str(2**31)], "--seed is 2147483648, expected a number from 0 to 2147483647"),
+        (["--train", "--train-transitions", "5000"], "--train-transitions is 5000, expected a number from 5120"),
+        (["--train", "--minibatches", "3"], "--minibatches is 3, expected a divisor of 512"),
+        (["--train", "--hidden-dim", "0"], "--hidden-dim is 0"),
+        (["--train", "--learning-rate", "inf"], "--learning-rate is inf"),
+        (["--train", "--gamma", "-0.1"], "--gamma is -0.1"),
+        (["--train", "--trace", "2"], "--trace is 2.0"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(collect, by_hand, monkeypatch, tmp_path, flags, sentence):
-    monkeypatch.setattr(collect, "ROOT", by_hand)
+    monkeypatch.setattr(files, "ROOT", by_hand)
     output = tmp_path / ("policies" if "--train" in flags else "data.npz")
-    status, stderr = run_collect(collect, "--map", "3m", *flags, "--output", output)
+    status, stderr = run_collect(collect, "--env", "smax/3m", *flags, "--output", output)
     assert status == 2 and sentence in stderr, stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_policy(collect, by_hand, monkeypatch, tmp_path):
-    monkeypatch.setattr(collect, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
     path = tmp_path / "data" / "policies" / "smax" / "3m" / "expert.npz"
     path.parent.mkdir(parents=True)
     path.write_bytes((by_hand / path.relative_to(tmp_path)).read_bytes()[:1000])
-    status, stderr = run_collect(collect, "--map", "3m", "--output", tmp_path / "data.npz")
+    status, stderr = run_collect(collect, "--env", "smax/3m", "--output", tmp_path / "data.npz")
     assert status == 2 and "expert.npz" in stderr, stderr
 
 
 def test_existing_files_are_kept(collect, by_hand, monkeypatch, tmp_path):
-    monkeypatch.setattr(collect, "ROOT", by_hand)
+    monkeypatch.setattr(files, "ROOT", by_hand)
     path = tmp_path / "data.npz"
     path.write_text("precious")
     status, stderr = run_collect(collect, *RECORD, "--output", path)
@@ -860,28 +903,27 @@ def test_existing_files_are_kept(collect, by_hand, monkeypatch, tmp_path):
     status, stderr = run_collect(collect, *RECORD, "--output", tmp_path / "data.txt")
     assert status == 2 and ".npz" in stderr
     status, stderr = run_collect(collect, *RECORD, "--train", "--output", path)
-    assert status == 2 and "expected the name of a folder" in stderr and path.read_text() == "precious"
+    assert status == 2 and "expected a folder" in stderr and path.read_text() == "precious"
     status, stderr = run_collect(collect, *RECORD, "--overwrite", "--output", path)
     assert status == 0 and check_file(load(path)), stderr
 
 
 def test_all_datasets(collect, by_hand, monkeypatch):
     """Those that are there are left alone, somebody's own file too, unless --overwrite; the rest is recorded."""
-    monkeypatch.setattr(collect, "ROOT", by_hand)
-    monkeypatch.setattr(collect, "MAPS", ("3m",))
-    monkeypatch.setattr(collect, "QUALITIES", ("medium", "expert"))
+    monkeypatch.setattr(files, "ROOT", by_hand)
+    monkeypatch.setattr(collect, "ALL", [("smax/3m", "medium"), ("smax/3m", "expert")])
     folder = by_hand / "data" / "datasets" / "smax" / "3m"
     folder.mkdir(parents=True)
     (folder / "expert.npz").write_text("precious")
     assert run_collect(collect, "--all", "--transitions", 500)[0] == 0
     assert (folder / "expert.npz").read_text() == "precious"
     metadata = check_file(load(folder / "medium.npz"))
-    assert metadata["quality"] == "medium" and "--map 3m --quality medium --transitions 500" in metadata["command"]
+    assert metadata["quality"] == "medium" and "--env smax/3m --quality medium --transitions 500" in metadata["command"]
     assert run_collect(collect, "--all", "--transitions", 500, "--overwrite")[0] == 0
     assert check_file(load(folder / "expert.npz"))["quality"] == "expert"
 
 
 def test_the_command_itself(smax, monkeypatch, tmp_path):
     """From another folder: one line and no traceback."""
-    status, stdout, stderr = toy.run("data/collect_smax", tmp_path, "--map", "MMM2", monkeypatch=monkeypatch)
+    status, stdout, stderr = toy.run("data/collect_smax", tmp_path, "--env", "smax/MMM2", monkeypatch=monkeypatch)
     assert status == 2 and stdout == "" and stderr.count("\n") == 1 and "medivac" in stderr
