@@ -95,6 +95,9 @@ class CausalModel(nn.Module):
         super().__init__()
         if graph not in ("dynamic", "fixed", "full"):
             raise ValueError(f"graph is {graph!r}, expected 'dynamic', 'fixed' or 'full'")
+        named = state_owner is None or {*state_owner} <= {*range(-1, num_agents)}
+        if not named or (state_owner is not None and len(state_owner) != state_dim):
+            raise ValueError(f"state_owner must name {state_dim} agents below {num_agents}, or -1 for nobody")
         self.num_agents, self.state_dim, self.graph, self.h = num_agents, state_dim, graph, h
         num_parents, slots = state_dim + num_agents * action_dim, num_agents + 1
 
@@ -210,7 +213,8 @@ class CausalModel(nn.Module):
         individual_rewards: Tensor | None = None,
         alive: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5).
+        """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5). It changes the model: it clamps the edges' logits
+        from below and updates the running means `slot_mean` and `unexplained`.
 
         Args:
             state, action, team_reward: [B, S], [B, N, A], [B].
@@ -272,13 +276,15 @@ class CausalModel(nn.Module):
         of the summed prediction over the team reward's variance. Where the individual rewards are known: errors of the
         credit and of the even split among the living, `credit_mse`, `credit_mae`, `even_mse`, `even_mae`;
         `credit_skill`, 1 - credit_mse / even_mse (1 is perfect, 0 no better than the even split; left out where that
-        is exact, but for rounding); and `credit_rank`, Spearman's correlation, mean over agents.
+        is exact, but for rounding); and `credit_rank`, Spearman's correlation, mean over agents. What is not defined,
+        because rewards do not vary, is left out.
         """
         credit = self.assign(state, action, team_reward, alive)  # [B, N]
         state_masks, action_masks = self.masks(state, action)
         team_error = (self.assign(state, action, alive=alive).sum(1) - team_reward).square().mean()
         report = {"state_density": state_masks.mean(), "action_density": action_masks.mean()}
-        report["team_nmse"] = team_error / team_reward.var()
+        if len(team_reward) > 1 and (team_reward != team_reward[0]).any():
+            report["team_nmse"] = team_error / team_reward.var()
         if individual_rewards is not None:
             living = torch.ones_like(credit) if alive is None else alive.float()
             even = team_reward[:, None] * living / living.sum(1, keepdim=True).clamp(min=1) - individual_rewards
@@ -289,5 +295,6 @@ class CausalModel(nn.Module):
                 report["credit_skill"] = 1 - report["credit_mse"] / report["even_mse"]
             ranks = [x.argsort(0).argsort(0).double() for x in (credit, individual_rewards)]  # ties as they come
             centred = [x - x.mean(0) for x in ranks]
-            report["credit_rank"] = ((centred[0] * centred[1]).mean(0) / ranks[0].var(0, correction=0)).mean()
+            if len(credit) > 1:
+                report["credit_rank"] = ((centred[0] * centred[1]).mean(0) / ranks[0].var(0, correction=0)).mean()
         return report
