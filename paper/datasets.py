@@ -1,9 +1,9 @@
-"""The cards of data/README.md, from the dataset files themselves, and two pictures beside it.
+"""Print the cards of data/README.md from the dataset files, and draw two pictures beside it.
 
-    python paper/datasets.py        # after data/collect.py --all and, for the battles, data/collect_smax.py --all
+    python paper/datasets.py    # after data/collect_mpe.py --all and data/collect_smax.py --all
 
-Prints one row per dataset and the files' checksums (`sha256sum -c` reads them); draws data/returns.png, how the episode
-returns of every dataset are distributed, and data/training.png, the trainings that the policies come from.
+Prints one row per dataset and the checksums of the files (for `sha256sum -c`). Draws data/returns.png, the
+distributions of episode returns, and data/training.png, the trainings of the behaviour policies.
 """
 
 import csv
@@ -20,26 +20,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import collect
+from data import collect_mpe, files
 
-ROOT = collect.ROOT
 COLOURS = {"random": "0.6", "medium-replay": "#e6ab02", "medium": "#7570b3", "expert": "#1b9e77"}
 
 
 def card(path: Path) -> tuple[str, np.ndarray, dict]:
     """A Markdown row, the episode returns, and the metadata of a dataset file."""
     with np.load(path, allow_pickle=False) as file:
-        data = {key: file[key] for key in ("rewards", "terminals", "timeouts", "observations")}
-        data |= {key: file[key] for key in ("individual_rewards",) if key in file.files}
-        metadata = json.loads(str(file["metadata"]))
-    agents = data["observations"].shape[1]
-    own = data.get("individual_rewards", np.repeat(data["rewards"][:, None] / agents, agents, axis=1))
-    returns = collect.episode_returns({**data, "individual_rewards": own})
+        rewards, ends, own = file["rewards"], file["terminals"] | file["timeouts"], file.get("individual_rewards")
+        agents, metadata = file["observations"].shape[1], json.loads(str(file["metadata"]))
+    returns = files.episode_returns(rewards, ends) / agents
     spread = f"{returns.mean():.1f}, {returns.std():.1f}, {returns.min():.0f} to {returns.max():.0f}"
-    cells = [f"{metadata['env'].removeprefix('mpe/')} {metadata['quality']}", f"{len(own):,}", spread]
-    if "individual_rewards" in data:
+    cells = [f"{metadata['env'].removeprefix('mpe/')} {metadata['quality']}", f"{len(rewards):,}", spread]
+    if own is not None:
         apart = (own != own[:, :1]).any(axis=1).mean()
-        even = np.square(own - data["rewards"][:, None] / agents).mean()
+        even = np.square(own - rewards[:, None] / agents).mean()
         cells += [f"{own.mean():.2f}, {own.std():.2f}", f"{apart:.1%}", f"{even:.3f}" if apart else "0, exact"]
     else:
         cells += ["team only", "", ""]
@@ -58,18 +54,17 @@ def battle_card(path: Path) -> str:
     team = [own.shape[1] * metadata[f"episode_return_{name}"] for name in ("mean", "std")]
     cells = [f"{metadata['env']} {metadata['quality']}", f"{len(own):,}", f"{metadata['episodes']:,}"]
     cells += [f"{metadata['win_rate']:.1%}", f"{team[0]:.1f}, {team[1]:.1f}", f"{1 - alive.mean():.1%}", f"{even:.4f}"]
-    return (
-        "| " + " | ".join([*cells, f"{metadata['policy']['training_transitions']:,}", f"{metadata['noise']:g}"]) + " |"
-    )
+    cells += [f"{metadata['policy']['training_transitions']:,}", f"{metadata['noise']:g}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def checksum(path: Path) -> str:
     with open(path, "rb") as file:
-        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(ROOT)}"
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(files.ROOT)}"
 
 
 def draw_returns(returns: dict[str, dict[str, np.ndarray]], references: dict[str, dict]) -> None:
-    """A panel per task, a line per quality, dotted lines where random and expert references lie."""
+    """A panel per task, a line per quality, dotted lines at the reference returns."""
     figure, axes = plt.subplots(-(-len(returns) // 4), 4, figsize=(13, 5.5))
     for axis, (env, qualities) in zip(axes.flat, returns.items(), strict=False):
         everything = np.concatenate(list(qualities.values()))
@@ -85,19 +80,19 @@ def draw_returns(returns: dict[str, dict[str, np.ndarray]], references: dict[str
     for axis in list(axes.flat)[len(returns) :]:
         axis.remove()
     figure.tight_layout()
-    figure.savefig(ROOT / "data" / "returns.png", dpi=100)
+    figure.savefig(files.ROOT / "data" / "returns.png", dpi=100)
 
 
 def draw_training() -> None:
-    """The evaluation returns of every training of predators or agents, and where its medium policy was taken."""
-    curves = sorted((ROOT / "data" / "policies" / "mpe").glob("*/training.csv"))
+    """The evaluation returns of every training of predators or agents, and when its medium policy was saved."""
+    curves = sorted((files.ROOT / "data" / "policies" / "mpe").glob("*/training.csv"))
     figure, axes = plt.subplots(1, len(curves), figsize=(13, 2.8))
     for axis, path in zip(axes, curves, strict=True):
         with open(path) as file:
             rows = list(csv.DictReader(file))
         episodes = [int(row["episodes"]) for row in rows]
         axis.plot(episodes, [float(row["eval_return"]) for row in rows], color=COLOURS["expert"], linewidth=1)
-        _, metadata = collect.load_policy(path.parent / "medium.npz")
+        _, metadata = files.load_policy(path.parent / "medium.npz")
         axis.axvline(metadata["training_episodes"], color=COLOURS["medium"], linestyle=":")
         axis.set_title(path.parent.name, fontsize=9)
         axis.set_xlabel("training episodes", fontsize=8)
@@ -105,7 +100,7 @@ def draw_training() -> None:
         axis.tick_params(labelsize=7)
     axes[0].set_ylabel("return per agent and episode", fontsize=8)
     figure.tight_layout()
-    figure.savefig(ROOT / "data" / "training.png", dpi=100)
+    figure.savefig(files.ROOT / "data" / "training.png", dpi=100)
 
 
 if __name__ == "__main__":
@@ -117,15 +112,15 @@ if __name__ == "__main__":
     print("| dataset | transitions | return: mean, deviation, range | individual rewards: mean, deviation | ", end="")
     print("steps in which they differ | squared error of R / N | training episodes of the policy | noise |")
     print("|---" * 8 + "|")
-    for env, quality in tqdm(collect.ALL, desc="datasets", unit="dataset"):
-        path = ROOT / "data" / "datasets" / env / f"{quality}.npz"
+    for env, quality in tqdm(collect_mpe.ALL, desc="datasets", unit="dataset"):
+        path = files.ROOT / "data" / "datasets" / env / f"{quality}.npz"
         if not path.exists():
-            print(f"datasets.py: {path} is missing; python data/collect.py --all makes it", file=sys.stderr)
+            print(f"datasets.py: {path} is missing; python data/collect_mpe.py --all records it", file=sys.stderr)
             continue
         row, returns.setdefault(env, {})[quality], references[env] = card(path)
         tqdm.write(row)
         checksums.append(checksum(path))
-    if battles := sorted((ROOT / "data" / "datasets" / "smax").glob("*/*.npz")):
+    if battles := sorted((files.ROOT / "data" / "datasets" / "smax").glob("*/*.npz")):
         print("\n| dataset | transitions | battles | won | team return: mean, deviation | ", end="")
         print(
             "agents dead | squared error of the even split | training steps of the policy | noise |\n"

@@ -7,7 +7,6 @@ The last one needs the run's edges.npz, which paper/edges.py records.
 
 import importlib
 import itertools
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -103,9 +102,9 @@ def draw_edges(
 class Recorder(BaseParallelWrapper):
     """Notes every step of the episodes that are played in an environment: as in a dataset, and as pictures."""
 
-    def __init__(self, env, joint: bool):
+    def __init__(self, env, nets, joint: bool):
         super().__init__(env)
-        self.joint, self.steps, self.pictures = joint, [], []
+        self.nets, self.joint, self.steps, self.pictures = nets, joint, [], []
 
     def reset(self, seed=None, options=None):
         self.seen, self.infos = super().reset(seed, options)
@@ -114,22 +113,24 @@ class Recorder(BaseParallelWrapper):
     def step(self, actions):
         agents = self.possible_agents  # of those that have left, what they see and do is 0
         blank, idle = 0 * next(iter(self.seen.values())), 0 * next(iter(actions.values()))
+        everything = np.ones(self.nets.action_dim, bool)
+        masks = [np.array(self.infos.get(agent, {}).get("action_mask", everything), bool) for agent in agents]
         step: dict[str, Any] = {"observations": [self.seen.get(agent, blank) for agent in agents]}
         step |= {} if self.joint else {"states": self.state()}
+        step |= {"action_masks": masks} if self.nets.discrete else {}
         step["actions"] = [actions.get(agent, idle) for agent in agents]
-        step["alive"] = [np.sum(self.infos.get(agent, {}).get("action_mask", 2)) > 1 for agent in agents]
+        step["alive"] = [agent in actions and mask.sum() > 1 for agent, mask in zip(agents, masks, strict=True)]
         self.seen, rewards, *ends, self.infos = super().step(actions)
         step["individual_rewards"] = [rewards.get(agent, 0.0) for agent in agents]
         self.steps.append(step)
-        if isinstance(self.env, mpe.ParticleEnv):  # what the step's reward is paid for: where the step ended
+        if isinstance(self.env, mpe.ParticleEnv):  # where the step ended: that is what its reward is paid for
             self.pictures.append((self.env.render(), self.env.positions_and_velocities()[0][: len(agents)]))
         return self.seen, rewards, *ends, self.infos
 
     def batch(self) -> dict[str, torch.Tensor]:
         """The steps as a batch of transitions, as far as credit needs it."""
-        arrays = {name: np.array([step[name] for step in self.steps]) for name in self.steps[0]}
-        arrays["rewards"] = arrays["individual_rewards"].sum(1)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = {name: torch.tensor(np.array([step[name] for step in self.steps])) for name in self.steps[0]}
+        tensors["rewards"] = tensors["individual_rewards"].sum(1)
         return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
@@ -187,15 +188,14 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     out = args.out or args.run
     try:
-        config = json.loads((args.run / "config.json").read_text())["args"]
-        if config["credit"] != "macca":
-            fail(f"{args.run} was trained with --credit {config['credit']}; only macca trains a causal model to draw")
         checkpoint = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if (credit := checkpoint["args"]["credit"]) != "macca":
+            fail(f"{args.run} was trained with --credit {credit}; only macca trains a causal model to draw")
         script: Any = importlib.import_module(Path(SCRIPTS[SCRIPTS.index(checkpoint["script"])]).stem)
-        trained = script.Args(**{**config, "cuda": False})
-        env = script.make_env(trained.env)
-        data, metadata = script.load_dataset(script.dataset_path(trained), trained, env)
-        nets, causal_model, _ = script.build(trained, env, data, metadata)
+        trained = script.Args(**checkpoint["args"])
+        env, _ = script.make_env(trained.env)
+        data, metadata = script.load_dataset(Path(trained.dataset), trained, env)
+        nets, causal_model, _ = script.build(trained, data, metadata)
         nets.load_state_dict(checkpoint["nets"])
         causal_model.load_state_dict(checkpoint["causal_model"])
         graph = args.run / "edges.npz"
@@ -207,11 +207,11 @@ if __name__ == "__main__":
     joint, particles = "states" not in data, trained.env.startswith("mpe/")
     if particles:
         env = mpe.parallel_env(trained.env.removeprefix("mpe/"), render_mode="rgb_array")
-    recorder = Recorder(env, joint)
+    recorder = Recorder(env, nets, joint)
     try:
-        script.evaluate(recorder, nets, 1, args.episode_seed)
+        script.evaluate(recorder, nets, {}, 1, args.episode_seed)
         batch = recorder.batch()
-        credit = script.assign_credit(batch, trained, causal_model, nets.action_dim).numpy()  # [T, N]
+        credit = script.assign_credit(batch, trained, causal_model).numpy()  # [T, N]
     except Exception as error:  # whatever somebody else's environment may raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fail(f"no episode of {trained.env} can be played with the policy of {args.run} ({reason})")

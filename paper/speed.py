@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import gymnasium
 import numpy as np
 import torch
 import tyro
-from rows import ROOT
+from rows import ROOT, dataset_path
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -51,25 +52,29 @@ class Args:
     """measure joint steps of the particle tasks instead, observations and rewards included"""
 
 
-def made_up(path: Path, steps: int, script, env) -> None:
+def made_up(path: Path, steps: int, env) -> None:
     """A dataset of the environment's shapes, filled with noise, episodes of 25; with joint states where discrete."""
-    noise, (agents, observation_dim, action_dim, discrete) = np.random.default_rng(0), script.sizes(env)
+    noise, agents = np.random.default_rng(0), len(env.possible_agents)
+    space, seen = env.action_space(env.possible_agents[0]), env.observation_space(env.possible_agents[0]).shape
     individual = noise.standard_normal((steps, agents), dtype=np.float32)
     timeouts = np.arange(1, steps + 1) % 25 == 0
     timeouts[-1] = True
     arrays = {
-        "observations": noise.standard_normal((steps, agents, observation_dim), dtype=np.float32),
-        "final_observations": noise.standard_normal((timeouts.sum(), agents, observation_dim), dtype=np.float32),
+        "observations": noise.standard_normal((steps, agents, *seen), dtype=np.float32),
+        "final_observations": noise.standard_normal((timeouts.sum(), agents, *seen), dtype=np.float32),
         "rewards": individual.sum(1),
         "individual_rewards": individual,
         "terminals": np.zeros(steps, bool),
         "timeouts": timeouts,
+        "metadata": "{}",
     }
-    if discrete:
-        arrays["actions"] = noise.integers(action_dim, size=(steps, agents))
+    if isinstance(space, gymnasium.spaces.Discrete):
+        arrays["actions"] = noise.integers(space.n, size=(steps, agents))
+        arrays["action_masks"] = np.ones((steps, agents, space.n), bool)
+        arrays["final_action_masks"] = np.ones((timeouts.sum(), agents, space.n), bool)
         arrays["states"] = noise.standard_normal((steps, *env.state_space.shape), dtype=np.float32)
     else:
-        arrays["actions"] = noise.uniform(-1, 1, (steps, agents, action_dim)).astype(np.float32)
+        arrays["actions"] = noise.uniform(-1, 1, (steps, agents, *space.shape)).astype(np.float32)
     np.savez(path, **arrays)
 
 
@@ -126,17 +131,16 @@ if __name__ == "__main__":
     script: Any = importlib.import_module(args.script)
     common = {"env": args.env, "dataset": args.dataset, "batch_size": args.batch_size, "cuda": args.cuda}
     settings = {credit: script.Args(credit=credit, **common) for credit in ("team", "macca")}
-    script.check_args(settings["macca"])
-    env = script.make_env(args.env)
+    env, _ = script.make_env(args.env)
     with tempfile.TemporaryDirectory() as folder:
-        path = script.dataset_path(settings["macca"])
+        path = dataset_path(args.env, args.dataset)
         if args.transitions:
             path = Path(folder, "made-up.npz")
-            made_up(path, args.transitions, script, env)
+            made_up(path, args.transitions, env)
         data, metadata = script.load_dataset(path, settings["macca"], env)
     device = torch.device("cuda" if args.cuda else "cpu")
     data = {name: tensor.to(device) for name, tensor in script.hold_out(data)[0].items()}
-    nets, causal_model, optimizers = script.build(settings["macca"], env, data, metadata)
+    nets, causal_model, optimizers = script.build(settings["macca"], data, metadata)
     batch = script.sample(data, args.batch_size)
 
     def update(credit: str) -> Callable:

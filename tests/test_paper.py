@@ -183,7 +183,8 @@ def parsed(command):
     script = "macca_omar.py" if script == "paper/rolled.py" else script
     module = importlib.import_module(script.removesuffix(".py"))
     args = tyro.cli(module.Args, args=words)
-    module.check_args(args)
+    for name, (low, high) in module.RANGES.items():
+        assert low <= getattr(args, name) <= high, name
     return args
 
 
