@@ -174,15 +174,15 @@ class Member:
         return self.read(rows.start * size, (rows.stop - rows.start) * size).reshape(-1, *self.shape[1:])
 
 
-def open_npz(path: Path) -> tuple[zipfile.ZipFile, dict[str, Member], list[str]]:
-    """The archive, our arrays in it, and the names of everything else but the metadata."""
+def open_npz(path: Path) -> tuple[dict[str, Member], list[str]]:
+    """Our arrays in an .npz file, and the names of everything else but the metadata."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile:
         raise ValueError("it is not an .npz file, or only the beginning of one") from None
     names = dict.fromkeys(name.removesuffix(".npy") for name in archive.namelist())
     ours = {name: Member(archive, name) for name in LAYOUT if f"{name}.npy" in archive.namelist()}
-    return archive, ours, [name for name in names if name not in (*ours, "metadata")]
+    return ours, [name for name in names if name not in (*ours, "metadata")]
 
 
 def pieces(length: int, *columns: Column) -> Iterator[tuple[int, int]]:
@@ -468,9 +468,8 @@ def read_d4rl(source: Path, args: Args, arrays: Any, unread: list[str]) -> Sourc
     notes = [f"not read: {', '.join(unread)}"] if unread else []
     if "next_observations" not in columns and "final_observations" not in columns:
         return without_final("D4RL", {**rows}, terminals[None], timeouts[None], notes)
-    dataset = Source(
-        "D4RL", columns, whole_episodes((terminals | timeouts)[None], notes)[0], terminals, timeouts, notes
-    )
+    whole = whole_episodes((terminals | timeouts)[None], notes)[0]
+    dataset = Source("D4RL", columns, whole, terminals, timeouts, notes)
     for name, final in finals.items():
         if final.length != dataset.ends.sum():
             fail(f"{source} has {final.length:,} {name}, but {dataset.ends.sum():,} episodes end")
@@ -516,7 +515,7 @@ def recognise(source: Path, args: Args) -> Source:
         if batches:
             return read_pymarl(source, args, [need("h5py").File(path, "r") for path in batches])
     elif source.suffix == ".npz":
-        dataset = read_d4rl(source, args, *open_npz(source)[1:])
+        dataset = read_d4rl(source, args, *open_npz(source))
         dataset.metadata = files.read_metadata(source)
         return dataset
     elif source.suffix in (".h5", ".hdf5"):
@@ -615,30 +614,13 @@ class Report:
 def inspect(path: Path) -> Report:
     report = Report()
     try:
-        archive, arrays, unread = open_npz(path)
-        with archive:
-            if unread:
-                report.card["not read"] = ", ".join(unread)
-            metadata = read_metadata(archive, report)
-            examine(arrays, metadata, report)
+        arrays, unread = open_npz(path)
+        if unread:
+            report.card["not read"] = ", ".join(unread)
+        examine(arrays, files.read_metadata(path), report)
     except Exception as error:  # damaged bytes raise anything
         report.wrong.append(f"the file cannot be read: {error or type(error).__name__}")
     return report
-
-
-def read_metadata(archive: zipfile.ZipFile, report: Report) -> dict | None:
-    if "metadata.npy" not in archive.namelist():
-        report.wrong.append("metadata is missing")
-        return None
-    text = Member(archive, "metadata")
-    try:
-        metadata = json.loads(str(text.read(0, 1)[0])) if text.shape == () and text.dtype.kind == "U" else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        report.wrong.append("metadata is not the text of a JSON object")
-        return None
-    return metadata
 
 
 def sound(arrays: dict[str, Member], wrong: list[str]) -> tuple[dict[str, Rows], dict[str, int]]:
@@ -684,7 +666,7 @@ def sound(arrays: dict[str, Member], wrong: list[str]) -> tuple[dict[str, Rows],
     return good, sizes
 
 
-def examine(arrays: dict[str, Member], metadata: dict | None, report: Report) -> None:
+def examine(arrays: dict[str, Member], metadata: dict, report: Report) -> None:
     wrong, doubtful, card = report.wrong, report.doubtful, report.card
     good, sizes = sound(arrays, wrong)
     steps, agents, choices = sizes["T"], sizes["N"], sizes["A"]
@@ -745,9 +727,12 @@ def examine(arrays: dict[str, Member], metadata: dict | None, report: Report) ->
             if copies := repeated(good, ends, discrete):
                 what = "in whole episodes" if discrete else "in another episode"
                 doubtful.append(f"{copies:,} rows ({copies / steps:.1%}) repeat earlier ones {what}")
-            battle = is_battle((metadata or {}).get("env"))
             last = previous(good["actions"], np.append(True, ends[:-1]))
-            if battle and choices and not has_last_actions(good["observations"], last, choices, np.ones(steps, bool)):
+            if (
+                choices
+                and is_battle(metadata.get("env"))
+                and not has_last_actions(good["observations"], last, choices, np.ones(steps, bool))
+            ):
                 wrong.append("observations do not end with the last actions; convert this file to append them")
         lengths = np.diff(np.flatnonzero(ends), prepend=-1)
         if len(lengths):
@@ -763,9 +748,7 @@ def examine(arrays: dict[str, Member], metadata: dict | None, report: Report) ->
         share = each_row(lambda own: (own != own[:, :1]).any(axis=1), steps, good["individual_rewards"]).mean()
         card["own rewards"] = f"different between agents in {share:.1%} of the steps"
     card |= {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
-    if metadata is not None:
-        state_dim = good["states"].shape[0] if "states" in good else 0
-        check_metadata(metadata, returns, agents, state_dim, report)
+    check_metadata(metadata, returns, agents, good["states"].shape[0] if "states" in good else None, report)
 
 
 def outliers(column: Column, length: int) -> str:
@@ -815,8 +798,11 @@ def repeated(good: dict[str, Rows], ends: np.ndarray, discrete: bool) -> int:
     return int(weight[episode != episode[first][which]].sum())
 
 
-def check_metadata(metadata: dict, found: dict[str, float] | None, agents: int, state_dim: int, report: Report) -> None:
+def check_metadata(metadata: dict, found: dict | None, agents: int, state_dim: int | None, report: Report) -> None:
     """`found`: the statistics of the file; None where its rewards or ends are wrong."""
+    if not metadata:
+        report.wrong.append("metadata is missing, or not the text of a JSON object")
+        return
 
     def wrong(key: str, expected: str) -> None:
         value = metadata.get(key)
@@ -827,10 +813,11 @@ def check_metadata(metadata: dict, found: dict[str, float] | None, agents: int, 
         wrong("schema_version", "'1'")
     if not isinstance(metadata.get("env"), str):
         wrong("env", "the name of the environment")
-    owner = metadata.get("state_owner", [-1] * state_dim)
-    known = isinstance(owner, list) and all(type(agent) is int and -1 <= agent < agents for agent in owner)
-    if not known or len(owner) != state_dim:
-        wrong("state_owner", f"a list of {state_dim} agents from 0 to {agents - 1}, or -1 for none")
+    if state_dim is not None and "state_owner" in metadata:
+        owner = metadata["state_owner"]
+        known = isinstance(owner, list) and all(type(agent) is int and -1 <= agent < agents for agent in owner)
+        if not known or len(owner) != state_dim:
+            wrong("state_owner", f"a list of {state_dim} agents from 0 to {agents - 1}, or -1 for none")
     references = ("random_return", "expert_return", "paper_random_return", "paper_expert_return")
     numbers = {key: metadata[key] for key in (*references, *(found or ())) if key in metadata}
     for key, value in list(numbers.items()):
@@ -872,9 +859,7 @@ def convert(args: Args) -> None:
             if getattr(args, flag) and source.format not in formats:
                 fail(f"--{flag} is for {' and '.join(formats)}, but {args.source} is {source.format}")
         if not source.keep.any():
-            fail(
-                f"{args.source} ({source.format}) holds no whole episode; if no limit is marked, give --episode-length"
-            )
+            fail(f"{args.source} ({source.format}) holds no whole episode; if it marks no ends, give --episode-length")
         reading = settle_rewards(args.source, source, args.rewards, args.env)
         if args.last_action:
             append_last_actions(args.source, source)
@@ -886,9 +871,8 @@ def convert(args: Args) -> None:
             if report.wrong:
                 fail(f"{args.source} ({source.format}) cannot be used: {'; '.join(report.wrong)}")
     except Exception as error:  # libraries and damaged bytes raise anything
-        fail(
-            f"{args.source} could not be converted: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}"
-        )
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        fail(f"{args.source} could not be converted: {reason}")
 
     with open(path, "rb") as file:
         report.card["SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -932,13 +916,12 @@ def check(path: Path) -> None:
     if not path.is_file():
         fail(f"{path} is not a file")
     report = inspect(path)
-    for finding in [*report.wrong, *(f"doubtful: {finding}" for finding in report.doubtful)]:
-        print(f"{path}: {finding}")
-    if "not read" in report.card:
-        print(f"{path}: not read: {report.card['not read']}")
-    if report.wrong or report.doubtful:
+    found = [*report.wrong, *(f"doubtful: {finding}" for finding in report.doubtful)]
+    unread = [f"not read: {report.card['not read']}"] if "not read" in report.card else []
+    for line in [*unread, *(found or ["nothing wrong"])]:
+        print(f"{path}: {line}")
+    if found:
         sys.exit(2)
-    print(f"{path}: nothing wrong")
 
 
 def main(args: Args) -> None:

@@ -152,12 +152,13 @@ def load_policy(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def read_metadata(path: Path) -> dict:
-    """The metadata of a dataset, empty where there is none that can be read."""
+    """The metadata of a dataset, empty if it has none that is the text of a JSON object."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(json.loads(str(file["metadata"])))
-    except (*UNREADABLE, TypeError):
+            metadata = json.loads(str(file["metadata"]))
+    except Exception:  # damaged bytes raise anything
         return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 # ---- a dataset ----

@@ -5,6 +5,7 @@ file must have them, and the functions `write_...` as others do.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import subprocess
@@ -988,6 +989,36 @@ FOUND = {
 }
 
 
+@pytest.mark.parametrize("name", toy.SCRIPTS)
+def test_one_verdict(name, tmp_path):
+    """What a script refuses, the check calls wrong; what the check finds healthy, a script takes."""
+    script, refusals, path = importlib.import_module(name), 0, tmp_path / "data.npz"
+    sound = [(kind, lambda arrays, metadata: None) for kind in ("continuous", "discrete", "next")]
+    for kind, change in [*sound, *(case[:2] for case in FOUND.values())]:
+        arrays, metadata = healthy(kind)
+        change(arrays, metadata)
+        save(path, arrays, json.dumps(metadata))
+        report, args = convert.inspect(path), script.Args(env="toy:matching", cuda=False)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                script.build(args, *script.load_dataset(path, args, toy.Matching(kind in ("discrete", "next"))))
+        except (SystemExit, Exception) as error:
+            refusals += 1
+            assert report.wrong, f"{error}: {metadata.keys()} {arrays.keys()}"
+    assert refusals > 30
+
+
+@pytest.mark.parametrize("name", toy.SCRIPTS)
+def test_without_masks_every_action_is_allowed(name, tmp_path):
+    """For the check and for the scripts."""
+    script, path, (arrays, metadata) = importlib.import_module(name), tmp_path / "data.npz", healthy("discrete")
+    arrays = {key: array for key, array in arrays.items() if "masks" not in key}
+    assert not findings(save(path, arrays, json.dumps(metadata)))
+    args = script.Args(env="toy:matching", cuda=False)
+    data, _ = script.load_dataset(path, args, toy.Matching(True))
+    assert data["alive"].all() and data["next_alive"].all()
+
+
 @pytest.mark.parametrize("what", FOUND)
 def test_finding(what, tmp_path):
     """One thing is broken on purpose: that is found, and nothing else."""
@@ -1034,7 +1065,8 @@ def test_files_that_are_none(tmp_path):
     for name, word in words.items():
         (finding,) = findings(tmp_path / f"{name}.npz")
         assert "cannot be read" in finding and word in finding and "allow_pickle" not in finding, finding
-    assert findings(save(tmp_path / "a.npz", arrays, None)) == ["metadata is missing"]
+    nothing = ["metadata is missing, or not the text of a JSON object"]
+    assert findings(save(tmp_path / "a.npz", arrays, None)) == nothing
     for content in (
         "{not JSON",
         "3",
@@ -1043,7 +1075,7 @@ def test_files_that_are_none(tmp_path):
         '{"a":' * 3000 + "1" + "}" * 3000,
         '{"a": 1' + "0" * 5000,
     ):
-        assert findings(save(tmp_path / "a.npz", arrays, content)) == ["metadata is not the text of a JSON object"]
+        assert findings(save(tmp_path / "a.npz", arrays, content)) == nothing
     empty = {name: array[:0] for name, array in arrays.items()}
     assert "there are 0 transitions, expected 2 or more" in findings(
         save(tmp_path / "a.npz", empty, json.dumps(metadata))
