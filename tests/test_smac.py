@@ -226,13 +226,14 @@ def test_pettingzoo_api(env, capsys):
 
 def test_everybody_sees_what_the_game_says(env):
     observations, infos = env.reset(seed=0)
-    seen = set()
+    seen, last = set(), np.zeros((len(env.agents), env.action_space(env.agents[0]).n))
     while env.agents:
         assert list(observations) == list(infos) == env.possible_agents
         for i, agent in enumerate(env.possible_agents):
             assert observations[agent].dtype == np.float32
             assert observations[agent].shape == env.observation_space(agent).shape
-            np.testing.assert_array_equal(observations[agent], np.float32(env.game.get_obs()[i]))
+            expected = np.float32(np.concatenate([env.game.get_obs()[i], last[i]]))
+            np.testing.assert_array_equal(observations[agent], expected)
             np.testing.assert_array_equal(infos[agent]["action_mask"], env.game.get_avail_agent_actions(i))
             assert infos[agent]["action_mask"].shape == (env.action_space(agent).n,)
         assert env.state().dtype == np.float32 and env.state().shape == env.state_space.shape
@@ -244,8 +245,11 @@ def test_everybody_sees_what_the_game_says(env):
         state[:] = 9
         np.testing.assert_array_equal(env.masks, masks)
         assert (env.state() != 9).any()
+        last = np.eye(last.shape[1])[list(map(brave, masks))]
         observations, *_, infos = env.step(dict(zip(env.agents, map(brave, masks), strict=True)))
     assert len(seen) > 3
+    observations, _ = env.reset()
+    assert not any(observations[agent][-last.shape[1] :].any() for agent in env.agents)  # not the last battle's
 
 
 def test_the_dead_stay_and_can_only_do_nothing(env):
@@ -254,7 +258,7 @@ def test_the_dead_stay_and_can_only_do_nothing(env):
         assert list(infos) == list(rewards) == env.possible_agents
         for agent, info in infos.items():
             if info["action_mask"][0]:
-                assert info["action_mask"].sum() == 1 and not observations[agent].any()
+                assert info["action_mask"].sum() == 1 and not observations[agent][: -len(info["action_mask"])].any()
                 dead.add(agent)
             else:
                 assert agent not in dead and info["action_mask"].any()
@@ -289,23 +293,22 @@ def test_ends_are_those_that_the_game_counts(env):
     assert (won, truncated, len(policies)) == (stats["battles_won"], stats["timeouts"], stats["battles_game"])
 
 
-@pytest.mark.parametrize("last_action", [False, True])
-def test_evaluate_plays_it_with_an_untrained_actor(env, reported, last_action):
+def test_evaluate_plays_it_with_an_untrained_actor(env, reported):
     import torch
 
     import macca_cql  # here, since other tests run this file in a process of its own that needs no torch
 
-    agent = env.possible_agents[0]
-    seen, choices = env.observation_space(agent).shape[0], env.action_space(agent).n
-    sizes = (len(env.possible_agents), seen + choices * last_action, choices)
-    actor = macca_cql.Actor(*sizes, hidden_dim=8, discrete=True)
-    results = macca_cql.evaluate(env, actor, 3, 0, torch.device("cpu"))
+    agents, first = len(env.possible_agents), env.possible_agents[0]
+    seen, choices = env.observation_space(first).shape[0], env.action_space(first).n
+    data = {"observations": torch.zeros(4, agents, seen), "action_masks": torch.ones(4, agents, choices, dtype=bool)}
+    data |= {"terminals": torch.zeros(4, dtype=bool), "next_alive": torch.ones(4, agents, dtype=bool)}
+    results = macca_cql.evaluate(env, macca_cql.Networks(data, macca_cql.Args(hidden_dim=8)), {}, 3, 0)
     ends = [i + 1 for i, (_, over, _) in enumerate(reported) if over]
     battles = [reported[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     assert len(battles) == 3 and ends[-1] == len(reported)
-    returns = [sum(reward for reward, _, _ in battle) / len(env.possible_agents) for battle in battles]
-    np.testing.assert_allclose(results["return"], returns)
-    np.testing.assert_array_equal(results["won"], [battle[-1][2]["battle_won"] for battle in battles])
+    returns = [sum(reward for reward, _, _ in battle) / agents for battle in battles]
+    assert results["return"] == pytest.approx(np.mean(returns))
+    assert results["won"] == pytest.approx(np.mean([battle[-1][2]["battle_won"] for battle in battles]))
 
 
 @pytest.mark.parametrize("action", [0, 5, 6, 8, -1, 1.5, [1, 1], "stop", None])
@@ -409,7 +412,7 @@ print("end of file")"""
 # ---- what is missing ----
 
 MESSAGES = {  # words that only this message has
-    "no package": ["the package smac is missing: pip install git+https://github.com/oxwhirl/smac.git"],
+    "no package": ["the package smac is missing; pip install git+https://github.com/oxwhirl/smac.git"],
     "PyPI's package": ["PyPI's smac", "pip uninstall smac, then pip install git+https://github.com/oxwhirl/smac.git"],
     "broken package": ["TypeError: Descriptors cannot be created directly.", "protobuf<3.21"],
     "no game": ["StarCraft II is missing", "set SC2PATH"],
@@ -477,7 +480,7 @@ def test_the_package_is_found_behind_our_own_file_of_that_name(monkeypatch, tmp_
     inits = {f"{folder}__init__.py": "" for folder in ("", "env/starcraft2/", "env/starcraft2/maps/")}
     write_package(tmp_path, {**inits, "env/__init__.py": "StarCraft2Env = 'the class'", **maps})
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "data")  # as `python data/collect.py` has it
+    monkeypatch.syspath_prepend(ROOT / "data")  # as `python data/collect_mpe.py` has it
     before = sys.path[:]
     with without_smac():
         assert smac.import_smac() == ("the class", {"3m": {}})
@@ -490,12 +493,12 @@ def test_no_game(refusal, battle, monkeypatch, tmp_path, value):
     (tmp_path / "empty").mkdir()
     if value is None:
         monkeypatch.delenv("SC2PATH")
-        found = f"SC2PATH is not set and {tmp_path / 'home' / 'StarCraftII'} holds no Versions/Base..."
+        found = f"SC2PATH is not set and {tmp_path / 'home' / 'StarCraftII'} has no Versions/Base..."
     else:
         path = str(tmp_path / value) if value else ""
         monkeypatch.chdir(os.environ["SC2PATH"])  # where an empty one might lead
         monkeypatch.setenv("SC2PATH", path)
-        found = f"SC2PATH is {path} and {path} holds no Versions/Base..." if value else "SC2PATH is empty;"
+        found = f"SC2PATH is {path} and {path} has no Versions/Base..." if value else "SC2PATH is empty)"
     assert found in refusal("smac/3m", "no game")
 
 
@@ -521,5 +524,8 @@ def test_make_env_makes_it(battle, monkeypatch):
 
     monkeypatch.setattr(sys, "path", sys.path[:])
     flags.FLAGS.unparse_flags()
-    assert macca_cql.make_env("smac/3m").metadata["name"] == "smac/3m"
+    env, gives_masks = macca_cql.make_env("smac/3m")
+    assert env.metadata["name"] == "smac/3m" and gives_masks
+    assert battle.running == 1
+    env.close()
     assert flags.FLAGS.is_parsed()  # or pysc2 would refuse to launch the game
