@@ -495,6 +495,25 @@ def test_report(graph, dead):
     assert report.keys() - model.report(state, action, alike.sum(1), alike).keys() == {"credit_skill"}
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_report_leaves_out_what_is_not_defined(known):
+    """Where the team reward is constant, or there is one row, no number may be NaN, infinite or made up."""
+    model, (state, action, team) = make("dynamic"), make_batch()
+    truth = team[:, None] * torch.tensor([0.5, 0.3, 0.2]) if known else None
+    everything = model.report(state, action, team, truth)
+    constant = torch.full((B,), 40.1)
+    parts = [constant[:, None] * torch.tensor([0.5, 0.3, 0.2]) + torch.randn(B, N), truth[:1]] if known else [None] * 2
+    without = [
+        (model.report(state, action, constant, parts[0]), {"team_nmse"}),
+        (model.report(state[:1], action[:1], team[:1], parts[1]), {"team_nmse", "credit_rank"}),
+    ]
+    for report, missing in without:
+        assert report.keys() == everything.keys() - missing
+        assert all(value.isfinite() for value in report.values())
+    assert ("credit_rank" in everything) == known and "team_nmse" in everything
+    assert all(value.isfinite() for value in everything.values())
+
+
 # ---- whose own a dimension is ----
 
 
@@ -652,3 +671,12 @@ def test_refuses_what_torch_would_broadcast():
         model.loss(state, action, torch.randn(8), alive=torch.ones(8, 1))
     with pytest.raises(ValueError, match="graph"):
         CausalModel(2, 4, 1, graph="dynamc")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [[0] * (S - 1), [0] * (S + 1), [], [N] + [0] * (S - 1), [-2] * S, [0.5] * S])
+def test_refuses_owners_that_do_not_exist(wrong):
+    """One owner for each state dimension: an agent's number, or -1 for nobody."""
+    with pytest.raises(ValueError, match="state_owner"):
+        CausalModel(N, S, A, state_owner=wrong)
+    for right in (None, [-1] * S, [N - 1] * S, OWNER):
+        CausalModel(N, S, A, state_owner=right)

@@ -1,7 +1,6 @@
-"""What an update may touch and what it must not, the four kinds of credit, and that each script learns a tiny task."""
+"""What an update may touch and what it must not, what a file says, the four kinds of credit, evaluation, learning."""
 
 import csv
-import dataclasses
 import importlib
 
 import numpy as np
@@ -16,22 +15,10 @@ N, OBS = 2, 2  # agents, observation
 
 
 def make(script, discrete=False, **changes):
-    """(args, networks, causal model, optimizers) as a run makes them, and a dataset: the same for the same seed."""
-    known = {field.name for field in dataclasses.fields(script.Args)}
-    assert changes.keys() <= known
+    """(args, networks, causal model, optimizers) as a run makes them: the same for the same seed."""
     args = script.Args(cuda=False, hidden_dim=16, **changes)
-    action_dim = 5 if discrete else 2
     torch.manual_seed(0)
-    nets = script.Networks(N, OBS, action_dim, discrete, args)
-    model = CausalModel(
-        N, N * OBS, action_dim, args.graph, [0, 0, 1, 1], args.anchor, args.lambda1, args.lambda2, args.h
-    )
-    optimizers = {
-        "causal": torch.optim.Adam(model.parameter_groups(args.causal_learning_rate)),
-        "critic": torch.optim.Adam(nets.critic.parameters(), lr=args.learning_rate),
-        "actor": torch.optim.Adam(nets.actor.parameters(), lr=args.learning_rate),
-    }
-    return args, nets, model, optimizers
+    return args, *script.build(args, make_data(discrete), {})
 
 
 def make_data(discrete=False, transitions=64):
@@ -76,12 +63,12 @@ def test_policy_and_causal_model_learn_from_their_own_losses(script, discrete):
     assert not same(causal_start, weights(only_causal)) and not same(start, weights(only_policy))
     assert same(weights(both_model), weights(only_causal))  # the policy beside it changed nothing
     # Nor is there a path in the graph: the losses that the policy is trained on do not know the causal model.
-    rewards = script.assign_credit(data, args, model, nets.actor.action_dim)
+    rewards = script.assign_credit(data, args, model)
     assert not rewards.requires_grad
     for value, _ in (script.critic_loss(data, rewards, nets, args), script.actor_loss(data, nets, args)):
         found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, retain_graph=True)
         assert all(gradient is None for gradient in found)
-    causal_loss, _ = model.loss(*script.causal_inputs(data, nets.actor.action_dim), data["rewards"])
+    causal_loss, _ = model.loss(*script.causal_inputs(data), data["rewards"])
     found = torch.autograd.grad(causal_loss, trained(nets), allow_unused=True)
     assert all(gradient is None for gradient in found)
 
@@ -152,12 +139,12 @@ def test_the_recorded_state_is_used(script):
     """Where a dataset brings a joint state, the causal model must see that and not the observations."""
     data = make_data()
     action = data["actions"]
-    state, joint = script.causal_inputs(data, 2)
+    state, joint = script.causal_inputs(data)
     assert torch.equal(state, data["observations"].flatten(1)) and torch.equal(joint, action)
     states = torch.randn(64, 7)
-    assert torch.equal(script.causal_inputs({**data, "states": states}, 2)[0], states)
+    assert torch.equal(script.causal_inputs({**data, "states": states})[0], states)
     discrete = make_data(True)
-    state, joint = script.causal_inputs(discrete, 5)
+    state, joint = script.causal_inputs(discrete)
     assert joint.shape == (64, 2, 5) and joint.dtype == torch.float32
     for row in range(64):
         for agent in range(2):
@@ -166,82 +153,144 @@ def test_the_recorded_state_is_used(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("discrete", [False, True])
-@pytest.mark.parametrize("stored", ["next_observations", "final_observations"])
-@pytest.mark.parametrize("last_action", [False, True])
-def test_what_follows_a_row(script, discrete, stored, last_action, tmp_path):
-    """Next observations, masks and actions are of the same episode, however the file stores them; so is what was done.
+@pytest.mark.parametrize("recorded", [False, True])
+def test_build(script, recorded):
+    """The causal model, the networks and their optimizers are made as the arguments and the dataset say."""
+    data, metadata = make_data(), {"state_owner": [1, 0, -1]}
+    if recorded:
+        data["states"] = torch.randn(64, 3)
+    else:  # both see the same second dimension: it is nobody's own
+        data["observations"][:, 1, 1] = data["observations"][:, 0, 1]
+    changes = {"graph": "fixed", "anchor": 3.0, "lambda1": 0.5, "lambda2": 0.25, "h": 0.3, "layer_norm": False}
+    changes |= {"hidden_dim": 8, "learning_rate": 0.02, "causal_learning_rate": 0.03}
+    nets, model, optimizers = script.build(script.Args(cuda=False, **changes), data, metadata)
+    owner = metadata["state_owner"] if recorded else [0, -1, 1, -1]
+    state = data["states"] if recorded else data["observations"].flatten(1)
+    expected = CausalModel(N, len(owner), 2, "fixed", owner, 3.0, 0.5, 0.25, 0.3)
+    assert torch.equal(model.edge_price, expected.edge_price) and (model.graph, model.h) == ("fixed", 0.3)
+    torch.testing.assert_close(model.state_mean, state.mean(0))
+    torch.testing.assert_close(model.reward_std, data["rewards"].std())
+    assert nets.critic.layer2.weight.shape == (2 * N, 8, 8) and nets.actor[2].weight.shape == (N, 8, 8)
+    assert not nets.critic.norm
+    for name, parameters, rate in (("actor", nets.actor, 0.02), ("critic", nets.critic, 0.02), ("causal", model, 0.03)):
+        groups = optimizers[name].param_groups
+        assert {p for group in groups for p in group["params"]} == {*parameters.parameters()}
+        assert groups[0]["lr"] == rate
+    if not recorded:  # with a share of 0, whatever an agent observes is its own
+        _, model, _ = script.build(script.Args(cuda=False, own_share=0.0, **changes), data, metadata)
+        expected = CausalModel(N, 4, 2, "fixed", [0, 0, 1, 1], 3.0, 0.5, 0.25, 0.3)
+        assert torch.equal(model.edge_price, expected.edge_price)
 
-    Each agent sees its last discrete action as one-hot: before an episode's first step nothing, then the row before's,
-    and in the next observation the row's own.
-    """
-    transitions = 40
-    arrays = toy.record(toy.Matching(discrete), transitions)
-    ends = arrays["timeouts"].copy()
-    arrays["terminals"][4::10], arrays["timeouts"][4::10] = True, False  # every other episode ends by a terminal
-    changes = {"terminals": arrays["terminals"], "timeouts": arrays["timeouts"], "drop": []}
-    if stored == "final_observations":
-        changes |= {"final_observations": arrays["next_observations"][ends], "drop": ["next_observations"]}
-    path = toy.write(tmp_path / "data.npz", discrete, transitions, **changes)
-    args = script.Args(env=f"toy:matching{'_discrete' if discrete else ''}", cuda=False, last_action=last_action)
-    data, metadata = script.load_dataset(path, args, toy.Matching(discrete))
-    assert metadata["quality"] == "random"
-    if discrete and last_action:
-        before, after = (np.zeros((transitions, N, 5), np.float32) for _ in range(2))
-        for row in range(transitions):
-            for agent in range(N):
-                after[row, agent, arrays["actions"][row, agent]] = 1
-                if row > 0 and not ends[row - 1]:
-                    before[row, agent, arrays["actions"][row - 1, agent]] = 1
-        assert not before[::5].any() and before.any(2).sum() == N * transitions * 4 / 5  # episodes of 5 steps
-        for name, done in (("observations", before), ("next_observations", after)):
-            arrays[name] = np.concatenate([arrays[name], done], axis=2)
-    assert data["alive"].all() and data["next_alive"].all()
-    for name, array in arrays.items():
-        assert torch.equal(data[name], torch.from_numpy(array)), name  # nothing is lost, reordered or rounded
-        assert data[name].dtype == torch.from_numpy(array).dtype
-    if script.__name__ == "macca_icq":
-        for row in range(transitions):
-            inside = not arrays["terminals"][row] and not arrays["timeouts"][row] and row + 1 < transitions
-            assert data["has_next_action"][row] == inside
-            if inside:
-                assert data["next_actions"][row].tolist() == arrays["actions"][row + 1].tolist()
+
+# ---- what a file says ----
+
+
+def load(script, path, discrete=False):
+    args = script.Args(env=f"toy:matching{'_discrete' if discrete else ''}", cuda=False)
+    return script.load_dataset(path, args, toy.Matching(discrete))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("recorded", [False, True])
-def test_who_is_alive(script, recorded, tmp_path):
-    """The dead are those that can do one thing only, whether or not the file says what could be done next."""
-    arrays = toy.record(toy.Matching(True), 40)
-    for row in range(40):  # the second agent dies in the third step of every episode, the first in the last one's last
-        for agent, last in ((0, 39), (1, row // 5 * 5 + 2)):
+@pytest.mark.parametrize("discrete", [False, True])
+def test_what_follows_a_row(script, discrete, tmp_path):
+    """Next observations, masks and actions are of the same episode, and the same however the file stores them."""
+    transitions = 40
+    arrays = toy.record(toy.Matching(discrete), transitions)
+    arrays["terminals"][4::10], arrays["timeouts"][4::10] = True, False  # every other episode ends by a terminal
+    loaded = []
+    for final in (False, True):
+        path = toy.write(tmp_path / f"{final}.npz", discrete, transitions, final=final, **arrays)
+        with np.load(path) as file:
+            assert ("final_observations" in file) == final == ("next_observations" not in file)
+        data, metadata = load(script, path, discrete)
+        assert metadata["quality"] == "random"
+        assert data["alive"].all() and data["next_alive"].all()
+        for name, array in arrays.items():
+            assert torch.equal(data[name], torch.from_numpy(array)), name  # nothing is lost, reordered or rounded
+            assert data[name].dtype == torch.from_numpy(array).dtype
+        if script.__name__ == "macca_icq":
+            for row in range(transitions):
+                inside = not arrays["terminals"][row] and not arrays["timeouts"][row]
+                assert data["has_next_action"][row] == inside
+                if inside:
+                    assert data["next_actions"][row].tolist() == arrays["actions"][row + 1].tolist()
+        loaded.append(data)
+    assert loaded[0].keys() == loaded[1].keys()
+    for name, value in loaded[0].items():
+        assert torch.equal(value, loaded[1][name]) and value.dtype == loaded[1][name].dtype, name
+
+
+def make_deaths(transitions):
+    """Episodes of 5 steps that end by a terminal; the second agent dies in the third step, the first in the last row.
+
+    The dead can do one thing only, and earn nothing.
+    """
+    arrays = toy.record(toy.Matching(True), transitions)
+    for row in range(transitions):
+        for agent, last in ((0, transitions - 1), (1, row // 5 * 5 + 2)):
             if row > last:
                 arrays["actions"][row, agent], arrays["action_masks"][row, agent] = 0, np.arange(5) == 0
+                arrays["individual_rewards"][row, agent] = 0
             if row >= last:
                 arrays["next_action_masks"][row, agent] = np.arange(5) == 0
+    arrays["rewards"] = arrays["individual_rewards"].sum(1)
     arrays["terminals"], arrays["timeouts"] = arrays["timeouts"], arrays["terminals"]
-    path = toy.write(tmp_path / "data.npz", True, 40, **arrays, drop=[] if recorded else ["next_action_masks"])
-    data, _ = script.load_dataset(path, script.Args(env="toy:matching_discrete", cuda=False), toy.Matching(True))
+    return arrays
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("final", [False, True])
+def test_who_is_alive(script, final, tmp_path):
+    """The dead are those that can do one thing only, however the file says what could be done next."""
+    path = toy.write(tmp_path / "data.npz", True, 40, final=final, **make_deaths(40))
+    data, _ = load(script, path, True)
     assert data["alive"].dtype == data["next_alive"].dtype == torch.bool
     for row in range(40):
         assert data["alive"][row].tolist() == [True, row % 5 <= 2]
-        if recorded or row % 5 < 4:  # after a terminal nothing is needed, and the next row is another episode's
-            assert data["next_alive"][row].tolist() == [row < 39, row % 5 < 2]
+        assert data["next_alive"][row].tolist() == [row < 39, row % 5 < 2]
+
+
+def write_faulty(path, fault, final):
+    """A file with this fault (None: with nothing but a rounding error), and whether it is of discrete actions."""
+    arrays, discrete = toy.record(toy.Matching(), 40), fault and "mask" in fault
+    if discrete:
+        arrays = toy.record(toy.Matching(True), 40)
+    if fault is None:
+        arrays["next_observations"] += np.float32(1e-7)
+    elif fault == "next_observations are not":
+        arrays["next_observations"][1, 0, 0] += 0.001
+    elif fault == "next_action_masks are not":
+        arrays["next_action_masks"][1, 0, 0] ^= True
+    elif fault == "both terminal and timeout":
+        arrays["terminals"][9] = True
+    elif fault == "the last row is neither":  # an episode whose end was not recorded
+        arrays = {name: value[:38] for name, value in arrays.items()}
+    drop = ["final_action_masks", "next_action_masks"] if fault == "lacks final_action_masks" else []
+    return toy.write(path, discrete, final=final, drop=drop, **arrays)
+
+
+FAULTS = [("next_observations are not", False), ("next_action_masks are not", False)]
+FAULTS += [(fault, final) for fault in ("both terminal and timeout", "the last row is neither") for final in (0, 1)]
+FAULTS += [("lacks final_action_masks", final) for final in (0, 1)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_episode_that_the_file_cuts_off(script, tmp_path):
-    """Rows of an episode whose end was not recorded: the last one has no next action, and nothing wraps around."""
-    path = toy.write(tmp_path / "data.npz", transitions=13)  # episodes of 5
-    data, _ = script.load_dataset(path, script.Args(env="toy:matching", cuda=False), toy.Matching())
-    assert not data["timeouts"][12] and len(data["rewards"]) == 13
-    if script.__name__ == "macca_icq":
-        assert data["has_next_action"].tolist() == [row % 5 != 4 and row != 12 for row in range(13)]
-    path = toy.write(tmp_path / "discrete.npz", True, transitions=13)
-    args = script.Args(env="toy:matching_discrete", cuda=False)
-    data, _ = script.load_dataset(path, args, toy.Matching(True))
-    assert data["observations"].shape == (13, N, OBS + 5)
-    assert data["observations"][..., OBS:].any(2).all(1).tolist() == [row % 5 != 0 for row in range(13)]
+@pytest.mark.parametrize(("fault", "final"), FAULTS)
+def test_refused_datasets(script, fault, final, tmp_path, capsys):
+    """Any of these would bootstrap from the wrong row."""
+    path = write_faulty(tmp_path / "data.npz", fault, final)
+    with pytest.raises(SystemExit) as stop:
+        load(script, path, "mask" in fault)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert message.startswith(f"{script.__name__}.py: {path}") and fault in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rounded_next_observations(script, tmp_path):
+    """Next observations that differ from the next row's by rounding alone are accepted."""
+    data, _ = load(script, write_faulty(tmp_path / "data.npz", None, False))
+    assert len(data["rewards"]) == 40
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -258,21 +307,20 @@ def test_minibatches(script):
 # ---- what is held out ----
 
 
-def make_episodes(lengths, unfinished=False):
+def make_episodes(lengths):
     """Rows that know their own number and their episode's; every other episode ends by a terminal."""
     episode = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    ends = torch.cat([episode[1:] != episode[:-1], torch.tensor([not unfinished])])
+    ends = torch.cat([episode[1:] != episode[:-1], torch.tensor([True])])
     rows = torch.arange(len(episode))
     data = {"terminals": ends & (episode % 2 == 0), "timeouts": ends & (episode % 2 == 1), "episode": episode}
     return data | {"rewards": rows.float(), "observations": rows[:, None, None].expand(-1, 2, 3).float()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("unfinished", [False, True])
-def test_held_out_episodes(script, unfinished):
+def test_held_out_episodes(script):
     """Whole episodes, about a tenth of the rows: a credit measured on what was trained on would flatter."""
     lengths = np.random.default_rng(0).integers(1, 40, 300).tolist()
-    data = make_episodes(lengths, unfinished)
+    data = make_episodes(lengths)
     torch.manual_seed(1)
     kept, held = script.hold_out(data)
     drawn = torch.rand(1)
@@ -296,10 +344,9 @@ def test_held_out_of_large_and_single_episodes(script):
     """More than 10,000 rows measure nothing better; what is one episode cannot be split."""
     _, held = script.hold_out(make_episodes([25] * 5000))
     assert len(held["rewards"]) == 10_000
-    for unfinished in (False, True):
-        data = make_episodes([50], unfinished)
-        for part in script.hold_out(data):
-            assert part.keys() == data.keys() and all(torch.equal(part[name], data[name]) for name in data)
+    data = make_episodes([50])
+    for part in script.hold_out(data):
+        assert part.keys() == data.keys() and all(torch.equal(part[name], data[name]) for name in data)
 
 
 # ---- credit ----
@@ -312,7 +359,7 @@ def test_credit(script):
     for credit in ("team", "uniform", "truth", "macca"):
         args, _, model, _ = make(script, credit=credit)
         model.fit_statistics(data["observations"].flatten(1), data["rewards"])
-        rewards = script.assign_credit(data, args, model, 2)
+        rewards = script.assign_credit(data, args, model)
         assert rewards.shape == (64, N)
         for row in range(64):
             for agent in range(N):
@@ -337,12 +384,12 @@ def test_the_dead_earn_nothing(script):
     data["alive"] = torch.rand(64, N) < 0.6
     living = [int(alive.sum()) for alive in data["alive"]]
     assert {*living} == {0, 1, 2}
-    inputs = script.causal_inputs(data, 5)
+    inputs = script.causal_inputs(data)
     for credit in ("macca", "team", "uniform"):
         args, _, model, _ = make(script, True, credit=credit)
         model.fit_statistics(inputs[0], data["rewards"])
         model.slot_mean.copy_(torch.randn(N + 1))
-        rewards = script.assign_credit(data, args, model, 5)
+        rewards = script.assign_credit(data, args, model)
         assert rewards.shape == (64, N)
         for row in range(64):
             team, found = data["rewards"][row].item(), rewards[row].tolist()
@@ -360,27 +407,27 @@ def test_the_dead_earn_nothing(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("shift", [False, True])
-def test_rescaled_rewards(script, shift, monkeypatch):
-    """Mean and deviation are those of an agent's life; a shift would pay or fine those that live long."""
+@pytest.mark.parametrize("center", [False, True])
+def test_standardized_over_a_life(script, center, monkeypatch):
+    """Mean and deviation are those of an agent's life; subtracting it would pay or fine those that live long."""
     torch.manual_seed(2)
     rewards, alive = 3 + torch.randn(64, 4) * torch.tensor([0.02, 1.0, 10.0, 1.0]), torch.rand(64, 4) < 0.7
     alive[:, 0], alive[:, 3] = True, False
-    found = script.rescale(rewards, alive, torch.tensor(shift))
+    found = script.standardize(rewards, alive, torch.tensor(center))
     expected = np.zeros((64, 4))
     for agent in range(3):
         rows = np.flatnonzero(alive[:, agent])
         own = rewards[rows, agent].double().numpy()
-        scale = own.std(ddof=1) if shift else max(own.std(ddof=1), 0.1 * abs(own.mean()))  # agent 0's is the mean
-        expected[rows, agent] = (own - shift * own.mean()) / scale
+        scale = own.std(ddof=1) if center else max(own.std(ddof=1), 0.1 * abs(own.mean()))  # agent 0's is the mean
+        expected[rows, agent] = (own - center * own.mean()) / scale
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
     # A cost that is always the same, and an agent with a single row, stay in bounds.
     same = torch.full((64, 2), -3.0)
     once = torch.stack([torch.ones(64), torch.arange(64) == 5], dim=1).bool()
-    few = script.rescale(same, once, torch.tensor(shift))
-    torch.testing.assert_close(few, torch.zeros(64, 2) if shift else -10 * once.float(), rtol=1e-4, atol=1e-6)
+    few = script.standardize(same, once, torch.tensor(center))
+    torch.testing.assert_close(few, torch.zeros(64, 2) if center else -10 * once.float(), rtol=1e-4, atol=1e-6)
     # What the dead are said to have earned changes nothing; and this is what the critic is told.
-    assert torch.equal(script.rescale(rewards + 9 * ~alive, alive, torch.tensor(shift)), found)
+    assert torch.equal(script.standardize(rewards + 9 * ~alive, alive, torch.tensor(center)), found)
     seen, genuine = [], script.critic_loss
     monkeypatch.setattr(
         script, "critic_loss", lambda batch, rewards, *rest: seen.append(rewards) or genuine(batch, rewards, *rest)
@@ -388,9 +435,9 @@ def test_rescaled_rewards(script, shift, monkeypatch):
     data = make_data(True)
     data["alive"] = alive[:, :N]
     args, nets, model, optimizers = make(script, True, credit="truth")
-    nets.shift.fill_(shift)
+    nets.center.fill_(center)
     script.update(data, nets, model, optimizers, args, True, True)
-    expected = script.rescale(data["individual_rewards"], data["alive"], torch.tensor(shift))
+    expected = script.standardize(data["individual_rewards"], data["alive"], torch.tensor(center))
     torch.testing.assert_close(seen[0], expected)
 
 
@@ -456,77 +503,176 @@ def test_the_causal_step_takes_half_of_the_minibatch(script, transitions, target
     assert same(weights(model), weights(model_by_hand))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_measured_credit(script):
-    """Table 13's numbers and the skill against the even split, by hand; Eq. 6's masks give the densities."""
-    data = make_data()
-    data["alive"] = torch.rand(64, N) < 0.7
-    args, nets, model, _ = make(script, h=0.5)
-    with torch.no_grad():
-        model.edge_logits.copy_(torch.randn_like(model.edge_logits) * 3)
-        model.reward_network[-1].weight.mul_(20)  # for a credit that is not nearly the even split
-    model.fit_statistics(data["observations"].flatten(1), data["rewards"])
-    metadata = {"random_return": -6.0, "expert_return": 2.0, "paper_random_return": 0.0, "paper_expert_return": 1.0}
-    row = script.measure(toy.Matching(), nets, model, data, metadata, args, 2)
-    inputs = data["observations"].flatten(1), data["actions"]
-    predicted = model.assign(*inputs, alive=data["alive"]).sum(1).numpy()
-    assigned = model.assign(*inputs, data["rewards"], data["alive"]).numpy()
-    truth, team, alive = (data[name].numpy() for name in ("individual_rewards", "rewards", "alive"))
-    even = team[:, None] * alive / alive.sum(1, keepdims=True).clip(1)
-    mse = ((assigned - truth) ** 2).mean()
-    assert row["credit_mse"] == pytest.approx(mse, rel=1e-4)
-    assert row["credit_mae"] == pytest.approx(np.abs(assigned - truth).mean(), rel=1e-4)
-    assert row["credit_skill"] == pytest.approx(1 - mse / ((even - truth) ** 2).mean(), rel=1e-4)
-    assert row["team_nmse"] == pytest.approx(((predicted - team) ** 2).mean() / team.var(ddof=1), rel=1e-4)
-    slots = torch.sigmoid(model.edge_logits.detach())  # the dynamic part is zero before training
-    edges = torch.maximum(slots[:N], slots[N])
-    assert row["state_density"] == pytest.approx((edges[:, : N * OBS] >= 0.5).float().mean().item())
-    assert row["action_density"] == pytest.approx((edges[:, N * OBS :] >= 0.5).float().mean().item())
-    assert row["score"] == pytest.approx(100 * (row["return"] + 6) / 8)
-    assert row["score_paper"] == pytest.approx(100 * row["return"])
-    # The return is the mean over agents, summed over the episode, of episodes with the seeds that the run names.
-    returns = script.evaluate(toy.Matching(), nets.actor, 2, 1000 * args.seed, torch.device("cpu"))["return"]
-    by_hand = []
-    for episode in range(2):
-        env, total = toy.Matching(), 0.0
-        observations, _ = env.reset(seed=1000 * args.seed + episode)
-        while env.agents:
-            joint = torch.tensor(np.array([observations[agent] for agent in toy.AGENTS]))[:, None]  # [N, 1, O]
-            actions = nets.actor.act(joint)[:, 0].detach().numpy()
-            observations, rewards, *_ = env.step(dict(zip(toy.AGENTS, actions, strict=True)))
-            total += (rewards["a"] + rewards["b"]) / 2
-        by_hand.append(total)
-    np.testing.assert_allclose(returns, by_hand, rtol=1e-5)
-    assert row["return"] == pytest.approx(np.mean(by_hand)) and row["return_std"] == pytest.approx(np.std(by_hand))
-
-
 # ---- evaluation ----
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("memory", [0, 5])
-def test_evaluation_remembers_the_last_action(script, memory, monkeypatch):
-    """What an actor sees is what it was trained on: its last action, nothing before the first; or no action at all."""
-    env, seen, played = toy.Matching(True), [], []
-    actor = script.Actor(N, OBS + memory, 5, 16, True)
-    genuine, genuine_step = actor.act, env.step
+def test_evaluation(script):
+    """The return is the mean over agents, summed over the episode, of episodes with the seeds that the run names."""
+    _, nets, *_ = make(script)
+    by_hand = []
+    for episode in range(3):
+        env, total = toy.Matching(), 0.0
+        observations, _ = env.reset(seed=1000 + episode)
+        while env.agents:
+            joint = torch.tensor(np.array([observations[agent] for agent in toy.AGENTS]))[:, None]  # [N, 1, O]
+            actions = nets.actor((joint - nets.mean) / nets.std).tanh()[:, 0].detach().numpy()
+            observations, rewards, *_ = env.step(dict(zip(toy.AGENTS, actions, strict=True)))
+            total += (rewards["a"] + rewards["b"]) / 2
+        by_hand.append(total)
+    expected = {"return": np.mean(by_hand), "return_std": np.std(by_hand)}
+    assert expected["return_std"] > 0.1
+    both = {"random_return": -6.0, "expert_return": 2.0}
+    for known in ({}, {"random_return": -6.0}, {"expert_return": 2.0}, {"random_return": 2.0, "expert_return": 2.0}):
+        assert script.evaluate(toy.Matching(), nets, known, 3, 1000) == pytest.approx(expected, rel=1e-5)
+    expected["score"] = 100 * (expected["return"] + 6) / 8
+    assert script.evaluate(toy.Matching(), nets, both, 3, 1000) == pytest.approx(expected, rel=1e-5)
+
+
+class Leaving(toy.Matching):
+    """The second agent is gone after its third step: nothing is said of it any more, and nothing asked for."""
+
+    def _present(self, *parts):
+        self.shown = [{agent: part[agent] for agent in self.agents} for part in parts]
+        return self.shown
+
+    def reset(self, seed=None, options=None):
+        return self._present(*super().reset(seed))
+
+    def step(self, actions):
+        assert list(actions) == self.agents
+        known = self.agents
+        both = {"b": np.flatnonzero(self.masks[1])[0], **actions}
+        observations, rewards, terminations, truncations, infos = super().step(both)
+        terminations["b"] = self.steps == 3
+        self.agents = [agent for agent in self.agents if self.steps < 3 or agent == "a"]
+        observations, infos = self._present(observations, infos)
+        ends = [{agent: part[agent] for agent in known} for part in (rewards, terminations, truncations)]
+        return observations, *ends, infos
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_the_actors_see(script, monkeypatch):
+    """Each agent sees its own observation and mask, and does what its actor says; who is gone sees zeros."""
+    _, nets, *_ = make(script, True)
+    env, seen, played, total = Leaving(True), [], [], []
+    genuine, genuine_step = nets.act, env.step
 
     def act(observations, masks):
-        assert observations.shape == (N, 1, OBS + memory) and observations.dtype == torch.float32
-        seen.append((env.x.copy(), observations[:, 0].numpy()))
-        return genuine(observations, masks)
+        assert observations.shape == (1, N, OBS) and observations.dtype == torch.float32
+        assert masks.shape == (1, N, 5) and masks.dtype == torch.bool
+        actions = genuine(observations, masks)
+        seen.append((*env.shown, observations[0].numpy(), masks[0].numpy(), actions[0].tolist()))
+        return actions
 
-    monkeypatch.setattr(actor, "act", act)
-    monkeypatch.setattr(env, "step", lambda actions: played.append(actions) or genuine_step(actions))
-    script.evaluate(env, actor, 3, 0, torch.device("cpu"))
+    def step(actions):
+        played.append(actions)
+        result = genuine_step(actions)
+        total.append(sum(result[1].values()) / 2)
+        return result
+
+    monkeypatch.setattr(nets, "act", act)
+    monkeypatch.setattr(env, "step", step)
+    found = script.evaluate(env, nets, {}, 3, 0)
     assert len(seen) == len(played) == 3 * toy.EPISODE_STEPS
-    for step, (x, observations) in enumerate(seen):
+    assert found["return"] == pytest.approx(sum(total) / 3)
+    for number, (observed, infos, observations, masks, actions) in enumerate(seen):
+        here = toy.AGENTS if number % toy.EPISODE_STEPS < 3 else ["a"]
+        assert [*observed] == here == [*played[number]]
         for i, agent in enumerate(toy.AGENTS):
-            last = np.zeros(memory)
-            if memory and step % toy.EPISODE_STEPS:
-                last[played[step - 1][agent]] = 1
-            np.testing.assert_array_equal(observations[i], np.concatenate([x[i], last]))
-    assert len({actions[agent] for actions in played for agent in toy.AGENTS}) > 2
+            np.testing.assert_array_equal(observations[i], observed.get(agent, np.zeros(OBS)))
+            np.testing.assert_array_equal(masks[i], infos[agent]["action_mask"] if agent in here else np.ones(5))
+            assert agent not in here or played[number][agent] == actions[i]
+    assert len({action for actions in played for action in actions.values()}) > 2
+
+
+class Staying(toy.Matching):
+    """It never removes its agents, and says once that an agent's episode is over: by a terminal, by a time limit."""
+
+    def step(self, actions):
+        observations, rewards, _, _, infos = super().step(actions)
+        assert self.steps <= toy.EPISODE_STEPS, "the episode is over"
+        self.agents = toy.AGENTS[:]
+        over = self.steps == toy.EPISODE_STEPS
+        return observations, rewards, {"a": self.steps == 2, "b": False}, {"a": False, "b": over}, infos
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_agents_that_are_never_removed(script):
+    """An episode is over when each agent has been terminated or truncated, not before and not later."""
+    _, nets, *_ = make(script)
+    expected = script.evaluate(toy.Matching(), nets, {}, 3, 0)
+    assert script.evaluate(Staying(), nets, {}, 3, 0) == expected
+
+
+class Battle(toy.Matching):
+    """The second of every four episodes is won. Reported: never, if won, or always (at the end, by one agent)."""
+
+    def __init__(self, reported):
+        super().__init__()
+        self.reported, self.episode = reported, 0
+
+    def step(self, actions):
+        *rest, infos = super().step(actions)
+        if not self.agents:
+            won, self.episode = self.episode % 4 == 1, self.episode + 1
+            if self.reported == "always" or (won and self.reported == "if won"):
+                infos["b"]["won"] = won
+        return *rest, infos
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_win_rate(script):
+    """The share of episodes that were won; an episode that does not report it counts as lost."""
+    _, nets, *_ = make(script)
+    for reported in ("always", "if won"):
+        assert script.evaluate(Battle(reported), nets, {}, 4, 0)["won"] == 0.25
+    assert "won" not in script.evaluate(Battle("never"), nets, {}, 4, 0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_metrics_of_a_run(script, tmp_path, monkeypatch):
+    """The last row of metrics.csv by hand: the saved policy's return, and the saved model's credit of held-out rows."""
+    metadata = {"random_return": 1.25, "expert_return": 5.0}
+    path = toy.write(tmp_path / "data.npz", True, 200, metadata=metadata, final=True, **make_deaths(200))
+    flags = ["--env", "toy:matching_discrete", "--dataset", path, "--no-cuda", "--hidden-dim", 8, "--batch-size", 32]
+    flags += ["--causal-learning-rate", 1e-2, "--h", 0.95, "--seed", 3, "--total-iterations", 60]
+    flags += ["--eval-interval", 20, "--eval-episodes", 2, "--final-episodes", 4]
+    status, _, stderr = toy.run(script.__name__, tmp_path, *flags, monkeypatch=monkeypatch)
+    assert status == 0, stderr
+    with open(toy.run_folder(tmp_path) / "metrics.csv") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [(row["iteration"], row["episodes"]) for row in rows] == [(20, 2), (40, 2), (60, 4)]
+
+    checkpoint = torch.load(toy.run_folder(tmp_path) / "checkpoint.pt", weights_only=True)
+    args, (data, metadata) = script.Args(**checkpoint["args"]), load(script, path, True)
+    data, held_out = script.hold_out(data)
+    nets, model, _ = script.build(args, data, metadata)
+    nets.load_state_dict(checkpoint["nets"])
+    model.load_state_dict(checkpoint["causal_model"])
+    inputs = held_out["observations"].flatten(1), torch.eye(5)[held_out["actions"]]
+    truth, team, alive = (held_out[name].numpy() for name in ("individual_rewards", "rewards", "alive"))
+    assert not alive.all()
+    assigned = model.assign(*inputs, held_out["rewards"], held_out["alive"]).numpy()
+    predicted = model.assign(*inputs, alive=held_out["alive"]).sum(1).numpy()
+    even = team[:, None] * alive / alive.sum(1, keepdims=True).clip(1)
+    slots = torch.sigmoid(model._logits(model._parents(*inputs))[0].detach())  # [T, N + 1, D]
+    edges = (torch.maximum(slots[:, :N], slots[:, N:]) >= 0.95).float()
+    expected = script.evaluate(toy.Matching(True), nets, metadata, 4, 3000) | {
+        "iteration": 60,
+        "episodes": 4,
+        "state_density": edges[..., : N * OBS].mean().item(),
+        "action_density": edges[..., N * OBS :].mean().item(),
+        "team_nmse": ((predicted - team) ** 2).mean() / team.var(ddof=1),
+        "credit_mse": ((assigned - truth) ** 2).mean(),
+        "credit_mae": np.abs(assigned - truth).mean(),
+        "even_mse": ((even - truth) ** 2).mean(),
+        "even_mae": np.abs(even - truth).mean(),
+        "credit_rank": rows[-1]["credit_rank"],  # tests/test_causal_model.py ranks by hand
+    }
+    expected["credit_skill"] = 1 - expected["credit_mse"] / expected["even_mse"]
+    assert rows[-1] == pytest.approx(expected, rel=1e-4)
+    assert 0 < rows[-1]["state_density"] < 1 and abs(rows[-1]["credit_skill"]) > 0.1 and "score" in rows[-1]
 
 
 # ---- learning ----
@@ -539,7 +685,7 @@ MARGIN = {False: -0.5, True: 4.6}
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
-    return {d: toy.write(folder / f"discrete{d}.npz", d, transitions=5000) for d in (False, True)}
+    return {d: toy.write(folder / f"discrete{d}.npz", d, transitions=5000, final=True) for d in (False, True)}
 
 
 @pytest.mark.parametrize("credit", ["truth", "uniform", "macca"])

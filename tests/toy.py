@@ -142,10 +142,22 @@ def record(env, transitions, seed=0):
     return {name: np.array([row[name] for row in rows[:transitions]]) for name in rows[0]}
 
 
-def write(path, discrete=False, transitions=100, drop=(), metadata=None, **changes):
-    """A dataset file on the task; `changes` replace arrays, `drop` leaves some out, `metadata` adds to it."""
-    arrays = record(Matching(discrete), transitions)
-    arrays = {name: value for name, value in {**arrays, **changes}.items() if name not in drop}
+def final_arrays(arrays):
+    """The same data, but what follows a row is stored for the last row of each episode only."""
+    ends = arrays["terminals"] | arrays["timeouts"]
+    following = {name: array for name, array in arrays.items() if name.startswith("next_")}
+    finals = {name.replace("next_", "final_"): array[ends] for name, array in following.items()}
+    return {name: array for name, array in arrays.items() if name not in following} | finals
+
+
+def write(path, discrete=False, transitions=100, drop=(), metadata=None, final=False, **changes):
+    """A dataset file on the task; `changes` replace arrays, `drop` leaves some out, `metadata` adds to it.
+
+    What follows a row is stored as next_* or, if `final`, as final_*.
+    """
+    arrays = record(Matching(discrete), transitions) | changes
+    arrays = final_arrays(arrays) if final else arrays
+    arrays = {name: value for name, value in arrays.items() if name not in drop}
     about = {"env": f"toy:matching{'_discrete' if discrete else ''}", "quality": "random", "schema_version": "1"}
     if "metadata" not in changes:
         arrays["metadata"] = np.array(json.dumps({**about, **(metadata or {})}))
@@ -161,7 +173,8 @@ def run(script, folder, *flags, monkeypatch):
 
     writers, genuine = [], tensorboard.SummaryWriter
     monkeypatch.setattr(tensorboard, "SummaryWriter", lambda *a, **b: writers.append(genuine(*a, **b)) or writers[-1])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers, folders = {number: signal.getsignal(number) for number in numbers}, sys.path[:]
     status, stdout, stderr = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
@@ -173,6 +186,7 @@ def run(script, folder, *flags, monkeypatch):
                 writer.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            sys.path[:] = folders  # a script appends the folder that it runs in
     return status, stdout.getvalue(), stderr.getvalue()
 
 
