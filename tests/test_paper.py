@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from PIL import Image
 from causal_model import CausalModel
 
 sys.path.insert(0, str(toy.ROOT / "paper"))
+import pictures
 import rolled
 import rows
 import table1
@@ -350,6 +352,41 @@ def test_an_environment_that_is_not_rendered(script, discrete, tmp_path, monkeyp
     assert status == 0, stderr
     assert "no episode.gif" in stdout and "no edges.png" in stdout
     assert [path.name for path in out.iterdir()] == ["credit.png"]
+
+
+class Leaving(toy.Matching):
+    """The second agent leaves after two of five steps."""
+
+    def step(self, actions):
+        results = super().step({"a": np.zeros(2), "b": np.zeros(2), **actions})
+        self.agents = self.agents[:1] if self.steps >= 2 else self.agents
+        return results
+
+
+def test_what_is_recorded_of_an_episode():
+    """Who has left is not alive any more and does nothing; a dead agent has one action left."""
+    recorder = pictures.Recorder(Leaving(), types.SimpleNamespace(action_dim=2, discrete=False), joint=False)
+    recorder.reset(seed=0)
+    earned = []
+    while recorder.agents:
+        earned.append(recorder.step({agent: np.full(2, 0.5) for agent in recorder.agents})[1])
+    batch = recorder.batch()
+    assert batch["alive"].tolist() == [[True, True]] * 2 + [[True, False]] * 3
+    assert batch["actions"].tolist() == [[[0.5, 0.5]] * 2] * 2 + [[[0.5, 0.5], [0, 0]]] * 3
+    assert batch["individual_rewards"].tolist() == pytest.approx(np.array([list(row.values()) for row in earned]))
+    torch.testing.assert_close(batch["rewards"], batch["individual_rewards"].sum(1))
+    torch.testing.assert_close(batch["states"], batch["observations"].flatten(1))
+
+    recorder = pictures.Recorder(toy.Matching(True), types.SimpleNamespace(action_dim=5, discrete=True), joint=True)
+    _, infos = recorder.reset(seed=0)
+    infos["b"]["action_mask"] = np.eye(5)[0]
+    masks = np.array([info["action_mask"] for info in infos.values()])
+    recorder.env.masks[1] = True
+    recorder.step({agent: int(mask.argmax()) for agent, mask in zip(toy.AGENTS, masks, strict=True)})
+    batch = recorder.batch()
+    assert batch["alive"].tolist() == [[True, False]] and "states" not in batch
+    assert batch["action_masks"].tolist() == [masks.astype(bool).tolist()]
+    assert batch["actions"].tolist() == [masks.argmax(1).tolist()]
 
 
 def test_folders_that_cannot_be_drawn(tmp_path, monkeypatch):
