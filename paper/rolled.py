@@ -7,14 +7,14 @@ The shares are as large, as different from each other and as noisy as MACCA's; o
 
 import runpy
 import sys
-from pathlib import Path
 
+from rows import ROOT
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(ROOT))
 from causal_model import CausalModel
 
-genuine = CausalModel.assign
+plain_assign = CausalModel.assign
 
 
 def rolled(
@@ -25,9 +25,9 @@ def rolled(
     alive: Tensor | None = None,
 ) -> Tensor:
     """The credit [B, N] of Eq. 6, agent i's given to agent i + 1 and the last one's to the first."""
-    return genuine(self, state, action, team_reward, alive).roll(1, dims=1)
+    return plain_assign(self, state, action, team_reward, alive).roll(1, dims=1)
 
 
 if __name__ == "__main__":
     CausalModel.assign = rolled
-    runpy.run_path(str(Path(__file__).resolve().parent.parent / "macca_omar.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "macca_omar.py"), run_name="__main__")

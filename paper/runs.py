@@ -11,6 +11,7 @@ Every run has one thread: several of them side by side use the cores better than
 
 import csv
 import json
+import math
 import os
 import platform
 import signal
@@ -101,8 +102,8 @@ class Training:
         last, best = evaluations[-1], max(evaluations[:-1] or evaluations, key=lambda row: float(row["return"]))
         with np.load(dataset(self.command), allow_pickle=False) as file:
             metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
-        if {"paper_random_return", "paper_expert_return"} <= metadata.keys():
-            low, high = metadata["paper_random_return"], metadata["paper_expert_return"]
+        low, high = (metadata.get(f"paper_{policy}_return", math.nan) for policy in ("random", "expert"))
+        if low < high:  # the paper has scores for this task
             last["score_paper"] = str(100 * (float(last["return"]) - low) / (high - low))
         versions = {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")}
         return {
@@ -146,8 +147,9 @@ def run_missing(table: str, jobs: int, only: str = "") -> None:
             for training in [training for training in running if training.process.poll() is not None]:
                 running.remove(training)
                 if training.process.returncode:
-                    said = training.errors.read_text().split("\n")
-                    reason = next((line for line in reversed(said) if line.strip()), "it said nothing")
+                    said = [line for line in training.errors.read_text().splitlines() if line.strip()]
+                    said = [line for line in said if "%|" not in line]  # no progress bars
+                    reason = said[-1] if said else "it said nothing"
                     failures.append(f"{training.command} ended with status {training.process.returncode} ({reason})")
                 else:
                     rows.add(path, training.row())

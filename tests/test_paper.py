@@ -38,7 +38,8 @@ if os.environ.get("FAKE") == "sleep":
     pathlib.Path(os.environ["PIDS"], str(os.getpid())).touch()
     time.sleep(600)
 if os.environ.get("FAKE") == "fail" and seed == "2":
-    sys.exit("macca_icq.py: something is wrong")
+    print("  1%| | 1/90\\rmacca_icq.py: something is wrong\\n  1%| | 1/90", file=sys.stderr)
+    sys.exit(2)
 run = pathlib.Path("runs/one")
 run.mkdir(parents=True)
 (run / "config.json").write_text(json.dumps({"args": {}, "dataset_sha256": "0123456789abcdef" * 4}))
