@@ -133,8 +133,6 @@ def load_policy(path: Path) -> tuple[StackedMLP, dict]:
 
 
 # ---- playing ----
-
-
 def make_env(name: str, number: int, prey: str | mpe.PreyPolicy = "trained") -> mpe.BatchedEnv:
     try:
         return mpe.BatchedEnv(name.removeprefix("mpe/"), number, prey)
@@ -220,8 +218,6 @@ def evaluate(env: mpe.BatchedEnv, make_act, episodes: int, seed: int) -> np.ndar
 
 
 # ---- training ----
-
-
 class Learner:
     """TD3 for one side, predators or prey: an actor per agent, twin critics of the joint observation and action."""
 
@@ -414,8 +410,6 @@ def train_policies(args: Args, folder: Path) -> None:
 
 
 # ---- recording ----
-
-
 def record(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays of a dataset, with at least as many rows as asked for if there are, and the collector's metadata."""
     folder = files.ROOT / "data" / "policies" / POLICIES_OF.get(args.env, args.env)

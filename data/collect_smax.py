@@ -98,8 +98,6 @@ def make_battle(env: str) -> Battle:
 
 
 # ---- network ----
-
-
 def make_network(key, inputs: int, hidden: int, outputs: int) -> dict[str, Any]:
     """Two hidden layers, weight_0, bias_0, ..., initialised as torch.nn.Linear."""
     sizes, network = [(inputs, hidden), (hidden, hidden), (hidden, outputs)], {}
@@ -135,8 +133,6 @@ def choose(key, network, view, noise):
 
 
 # ---- playing ----
-
-
 def one_step(battle: Battle, network, noise, key, world, view):
     """One step of a battle: the next world, its view, and the row to record."""
     act_key, step_key = jax.random.split(key)
@@ -187,8 +183,6 @@ def battle_totals(rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- training ----
-
-
 def make_trainer(battle: Battle, args: Args):
     """(train_round, state): `train_round(state, key)` plays STEPS steps in every world and trains on them."""
     updates = args.epochs * args.minibatches * (args.train_transitions // (STEPS * WORLDS))
@@ -296,8 +290,6 @@ def train(args: Args, folder: Path) -> None:
 
 
 # ---- recording ----
-
-
 def record(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays of a dataset, with at least as many rows as asked for if there are, and the collector's metadata."""
     battle = make_battle(args.env)

@@ -125,8 +125,6 @@ def need(package: str) -> Any:
 
 
 # ---- arrays in pieces ----
-
-
 class Rows:
     """Arrays, one after the other along their first axis, read in slices as one."""
 
@@ -234,8 +232,6 @@ def require(source: Path, present: Iterable[str], *names: str) -> None:
 
 
 # ---- last actions ----
-
-
 def previous(actions: Column, begins: np.ndarray) -> Column:
     """[R, N]: the actions of the row before, -1 where an episode begins (as in row 0)."""
 
@@ -281,8 +277,6 @@ def append_last_actions(path: Path, source: Source) -> None:
 
 
 # ---- which agents, and where episodes end ----
-
-
 def team(source: Path, widths: list[int], args: Args, notes: list[str]) -> int:
     """How many agents are ours: the first ones. Others, such as prey, observe more or fewer numbers."""
     alike = next((i for i, width in enumerate(widths) if width != widths[0]), len(widths))
@@ -332,8 +326,6 @@ def without_final(kind: str, columns: dict, terminals: np.ndarray, timeouts: np.
 
 
 # ---- the formats ----
-
-
 def read_omar(source: Path, args: Args) -> Source:
     """Arrays [M, ...] per agent. Nothing marks where episodes end: they are cut every --episode-length rows."""
     folders = [source] if (source / "obs_0.npy").exists() else sorted(source.glob("seed_*_data"))
@@ -435,7 +427,7 @@ def read_vault(source: Path, args: Args) -> Source:
     marks = [flags(rows[name], length).reshape(-1, steps) for name in names[3:5]]
     # Sequence by sequence, because an unfinished episode does not go on in the next sequence.
     marks = [split(terminal, timeout, args.episode_length) for terminal, timeout in zip(*marks, strict=True)]
-    terminals, timeouts = np.stack([mark[0] for mark in marks]), np.stack([mark[1] for mark in marks])
+    terminals, timeouts = map(np.stack, zip(*marks, strict=True))
     # Narrower observations of other agents are padded with -inf.
     widths, notes = [int(n) for n in (rows["observations."](0, 1)[0] != -np.inf).sum(axis=-1)], []
     kept = team(source, widths, args, notes)
@@ -531,8 +523,6 @@ def recognise(source: Path, args: Args) -> Source:
 
 
 # ---- writing ----
-
-
 def settle_rewards(path: Path, source: Source, asked: str | None, env: str) -> str:
     """Make `rewards` [R] the team's, `individual_rewards` [R, N] the agents' own if there are any; say what it took."""
     given, agents = source.columns["rewards"], source.columns["observations"](0, 1).shape[1]
@@ -600,8 +590,6 @@ def write(path: Path, arrays: dict, metadata: dict) -> None:
 
 
 # ---- checking ----
-
-
 @dataclass
 class Report:
     """What scripts refuse or learn wrongly from, what is only doubtful, and the card of a file."""
@@ -627,10 +615,9 @@ def sound(arrays: dict[str, Member], wrong: list[str]) -> tuple[dict[str, Rows],
     """The arrays of the right shape and kind with usable numbers, and the sizes of the axes."""
     needed = ("observations", "actions", "rewards", "terminals", "timeouts")
     wrong += [f"{name} is missing" for name in needed if name not in arrays]
-    if not {"next_observations", "final_observations"} & arrays.keys():
-        wrong.append("final_observations is missing (or next_observations)")
-    if "action_masks" in arrays and not {"next_action_masks", "final_action_masks"} & arrays.keys():
-        wrong.append("final_action_masks is missing (or next_action_masks)")
+    for name in [name for name in ("observations", "action_masks") if name in arrays]:
+        if not {f"next_{name}", f"final_{name}"} & arrays.keys():
+            wrong.append(f"final_{name} is missing (or next_{name})")
     layout = dict(LAYOUT)
     if "actions" in arrays and arrays["actions"].dtype.kind in "iu":
         layout["actions"] = ("int", "TN")
@@ -759,22 +746,21 @@ def outliers(column: Column, length: int) -> str:
     """
     every = -(-length // 1000)
     sample = np.concatenate([column(a, b)[-a % every :: every].copy() for a, b in pieces(length, column)])
-    median = np.median(sample, axis=0)
-    usual = np.full(median.shape, np.inf)
+    median, usual = np.median(sample, axis=0), np.full(sample.shape[1:], np.inf)
     for index in np.ndindex(*median.shape):
         distance = np.abs(sample[:, *index] - median[index])
         if (distance > 1e-6).sum() >= 10:
             usual[index] = np.quantile(distance[distance > 1e-6], 0.9, method="lower")
     far, largest = np.zeros(median.shape, int), np.zeros(median.shape)
     for a, b in pieces(length, column):
-        distance = np.abs(column(a, b) - median)
-        far, largest = far + (distance > 1000 * usual).sum(axis=0), np.maximum(largest, distance.max(axis=0))
-    far[far > max(1, length / 100)] = 0  # what is common is no outlier
-    if not far.any():
+        ratio = np.abs(column(a, b) - median) / usual
+        far, largest = far + (ratio > 1000).sum(axis=0), np.maximum(largest, ratio.max(axis=0))
+    largest[far > max(1, length / 100)] = 0  # what is common is no outlier
+    worst = np.unravel_index(largest.argmax(), largest.shape) if largest.size else ()
+    if not largest.size or largest[worst] <= 1000:
         return ""
-    worst = np.unravel_index((far * largest / usual).argmax(), far.shape)
-    place = f"in input {[int(i) for i in worst]} {largest[worst]:g} from the median, where {usual[worst]:g} is usual"
-    return f"{far.sum():,} outliers, for example {place}"
+    times = f"in input {[int(i) for i in worst]} {largest[worst]:,.0f} times as far from the median as usual"
+    return f"{far[largest > 1000].sum():,} outliers, for example {times}"
 
 
 def repeated(good: dict[str, Rows], ends: np.ndarray, discrete: bool) -> int:
@@ -841,8 +827,6 @@ def check_metadata(metadata: dict, found: dict | None, agents: int, state_dim: i
 
 
 # ---- the command ----
-
-
 def convert(args: Args) -> None:
     if args.source is None or not args.env or not args.quality:
         fail("give SOURCE, --env and --quality to convert, or --check FILE")
@@ -888,12 +872,7 @@ def describe(args: Args, source: Source, reading: str, arrays: dict) -> dict:
     """The metadata. They name only the end of the source's path, because the rest is about this machine."""
     rewards = each_row(np.copy, len(source.keep), arrays["rewards"][0])[source.keep]
     agents = arrays["observations"][0](0, 1).shape[1]
-    words = ["python data/convert.py", name := "/".join(Path(args.source or "").resolve().parts[-2:])]
-    for key, value in vars(args).items():
-        if key not in ("source", "check", "output", "overwrite", "last_action") and value not in (None, ()):
-            words.append(f"--{key.replace('_', '-')} {' '.join(map(str, value)) if key == 'seeds' else value}")
-    if args.last_action != is_battle(args.env):
-        words.append("--last-action" if args.last_action else "--no-last-action")
+    name = "/".join(Path(args.source or "").resolve().parts[-2:])
     notes = [f"rewards read as {reading}", *source.notes]
     if "command" in source.metadata:
         notes.append(f"the source was made by: {source.metadata['command']}")
@@ -905,7 +884,7 @@ def describe(args: Args, source: Source, reading: str, arrays: dict) -> dict:
         "source": name,
         "source_format": source.format,
         "source_notes": notes,
-        "command": " ".join(words),
+        "command": files.command(f"convert.py {name}", args),
         **files.statistics(rewards, source.ends[source.keep], agents),
         **{k: v for k in ("random_return", "expert_return") if (v := getattr(args, k)) is not None},
         "versions": {"numpy": np.__version__},

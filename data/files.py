@@ -42,8 +42,6 @@ def run(main: Callable[[], None]) -> None:
 
 
 # ---- arguments ----
-
-
 def check_range(args, low: float, high: float, *flags: str) -> None:
     for flag in flags:
         value = getattr(args, flag)
@@ -90,14 +88,17 @@ def outputs(args, script: str, everything: list[tuple[str, str]]) -> Iterator[tu
 
 
 def command(script: str, args) -> str:
-    """The command that makes this dataset again."""
-    always, never = ("env", "quality", "transitions", "seed"), ("output", "overwrite", "all")
-    flags = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in vars(args).items()
-        if name in always or (name not in never and value != getattr(type(args), name))
-    ]
-    return " ".join([f"python data/{script}", *flags])
+    """The command that makes this dataset again, but for the name of a source."""
+    words = ["python", f"data/{script}"]
+    for name, value in vars(args).items():
+        always, never = (
+            name in ("env", "quality", "transitions", "seed"),
+            name in ("output", "overwrite", "all", "source"),
+        )
+        if always or (not never and value != getattr(type(args), name)):
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(x) for x in (value if isinstance(value, tuple) else [value])]
+    return " ".join(words)
 
 
 def settings(args, first: str) -> dict:
@@ -107,8 +108,6 @@ def settings(args, first: str) -> dict:
 
 
 # ---- files ----
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`. At the end that file replaces `path`; after an error it is deleted."""
@@ -162,8 +161,6 @@ def read_metadata(path: Path) -> dict:
 
 
 # ---- a dataset ----
-
-
 def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """[E]: the sums of the rewards [T] over the episodes; `ends` [T] marks their last rows."""
     starts = np.append(0, np.flatnonzero(ends)[:-1] + 1)

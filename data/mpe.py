@@ -5,18 +5,9 @@ a force in x and y, two numbers in [-1, 1]. An episode ends after 25 steps, alwa
 observations are mpe2's (in WORLD without leader and speech). Two things differ: the rewards, and the prey is part of
 the environment.
 
-- `simple_spread`, Cooperative Navigation (CN): the reward of agent i is the sum over landmarks of min(1 / distance of
-  the nearest agent, 10), minus 5 for every other agent that it touches. `simple_spread_discrete` has five moves
-  instead: none, left, right, down, up. `simple_spread_sparse` pays only while every landmark has its own agent.
-- `simple_tag`, Predator-Prey (PP): three predators chase one faster prey among two obstacles. All predators get the
-  same reward: minus 0.1 times the sum of their distances to the nearest prey, plus 10 for every predator on a prey.
-- `simple_world`, WORLD: four predators, two prey, an obstacle, food and two forests that hide who is inside. The reward
-  is that of `simple_tag` with 5 for 10. `simple_world_3v1` has three predators and one prey, as OMAR's data have.
-- `simple_tag_local`, `simple_world_local`: a predator is rewarded for its own distance and its own contacts only. The
-  team reward is then what one predator gets in the original, and it is known who earned it.
-
-The sum of the agents' rewards is the team reward. The prey plays a policy that was trained against predators
-(data/policies/mpe/TASK/prey.npz); with `parallel_env(task, prey="random")` it acts at random.
+data/README.md lists the tasks and their rewards, whose sum over the agents is the team reward. The prey plays a policy
+that was trained against predators (data/policies/mpe/TASK/prey.npz); with `parallel_env(task, prey="random")` it acts
+at random.
 
 A task is a class that says what is in the world, what agents observe and what they earn, on arrays of positions with
 any number of leading dimensions. Two classes play tasks: `ParticleEnv` plays one world on mpe2's own physics, to
@@ -58,7 +49,11 @@ def relative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class SimpleSpread:
-    """Cooperative Navigation: three agents cover three landmarks and must not touch each other."""
+    """Cooperative Navigation: three agents cover three landmarks and must not touch each other.
+
+    The reward of agent i is the sum over landmarks of min(1 / distance of the nearest agent, 10), minus 5 for every
+    other agent that it touches.
+    """
 
     num_agents, num_prey = 3, 0
     obs_dim = 18
@@ -90,9 +85,7 @@ class SimpleSpread:
 
 
 class SimpleSpreadDiscrete(SimpleSpread):
-    """Cooperative Navigation with five moves."""
-
-    discrete = True
+    discrete = True  # five moves
 
 
 class SimpleSpreadSparse(SimpleSpread):
@@ -111,7 +104,11 @@ class SimpleSpreadSparse(SimpleSpread):
 
 
 class SimpleTag:
-    """Predator-Prey: three predators, one faster prey, two obstacles."""
+    """Predator-Prey: three predators chase one faster prey among two obstacles.
+
+    All predators get the same reward: minus 0.1 times the sum of their distances to the nearest prey, plus 10 for every
+    predator on a prey. In a local task each gets its own part of it.
+    """
 
     num_agents, num_prey = 3, 1
     obs_dim, prey_obs_dim = 16, 14
@@ -181,8 +178,6 @@ class SimpleTag:
 
 
 class SimpleTagLocal(SimpleTag):
-    """Predator-Prey where each predator is rewarded for its own distance and contacts."""
-
     local = True
 
 
@@ -225,8 +220,6 @@ class SimpleWorld(SimpleTag):
 
 
 class SimpleWorldLocal(SimpleWorld):
-    """WORLD where each predator is rewarded for its own distance and contacts."""
-
     local = True
 
 
@@ -288,8 +281,6 @@ def load_prey(path: Path) -> PreyPolicy:
 
 
 # ---- many worlds at once ----
-
-
 class BatchedEnv:
     """E worlds of one task that step together. All of them start together and end after 25 steps."""
 
@@ -343,8 +334,6 @@ class BatchedEnv:
 
 
 # ---- one world, on mpe2 ----
-
-
 def make_task(name: str) -> Task:
     """The task of this name."""
     if name not in TASKS:
@@ -445,9 +434,6 @@ class ParticleEnv(ParallelEnv):
             disc = (axis[None, :] - x) ** 2 + (-axis[:, None] - y) ** 2 < entity.size**2  # y points up
             image[disc] = (0.5 * image[disc] + 0.5 * 255 * entity.color).astype(np.uint8)  # see-through: discs overlap
         return image
-
-    def close(self):
-        pass
 
     def positions_and_velocities(self) -> tuple[np.ndarray, np.ndarray]:
         """The state of the world, as tasks use it: [M, 2] and [N + P, 2]."""

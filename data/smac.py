@@ -43,8 +43,6 @@ MAPS = "https://github.com/oxwhirl/smac/releases/download/v0.1-beta1/SMAC_Maps.z
 
 
 # ---- what has to be there ----
-
-
 def import_smac() -> tuple[Any, dict[str, dict]]:
     """SMAC's environment class and its maps, {name: properties}; an ImportError says what is missing."""
     own, path = str(Path(__file__).resolve().parent), sys.path[:]
@@ -90,8 +88,6 @@ def check_game(map_name: str) -> None:
 
 
 # ---- the environment ----
-
-
 def parallel_env(map_name: str) -> "StarCraftEnv":
     """The battle on the SMAC map of this name."""
     return StarCraftEnv(map_name)
