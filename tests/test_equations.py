@@ -495,7 +495,7 @@ def test_icq_weights_carry_no_gradient(discrete):
     """The weights judge the data's actions; a gradient through them would move the policy to make them large."""
     nets, batch = make_nets(macca_icq, discrete), make_batch(discrete)
     loss, _ = macca_icq.actor_loss(batch, nets, make_args(macca_icq))
-    gradients = torch.autograd.grad(loss, list(nets.critic.parameters()), allow_unused=True, retain_graph=True)
+    gradients = torch.autograd.grad(loss, list(nets.critic.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
 
 
