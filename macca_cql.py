@@ -96,6 +96,13 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
         module = importlib.import_module(place if mark == ":" else f"data.{place}")
         env = getattr(module, what)() if mark == ":" else module.parallel_env(what)
         spaces = [(env.observation_space(a).shape, env.action_space(a)) for a in env.possible_agents]
+        shape, space = spaces[0]
+        vector, box = shape and len(shape) == 1, isinstance(space, Box) and len(space.shape) == 1
+        box = box and (space.low == -1).all() and (space.high == 1).all()
+        discrete = isinstance(space, Discrete) and space.start == 0
+        require(len({*map(str, spaces)}) == 1, f"--env {name} has agents of different spaces")
+        require(box or discrete, f"--env {name} acts in {space}, not in Box(-1, 1, (A,)) or Discrete(A)")
+        require(vector, f"--env {name} observes no vectors; masks belong in infos[agent]['action_mask']")
         first, infos = env.reset(seed=seed)
         masks = {a: np.int8(x["action_mask"]) for a, x in infos.items() if "action_mask" in x}
         actions = {a: env.action_space(a).sample(masks.get(a)) for a in env.agents}
@@ -103,15 +110,8 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
         seen = {np.shape(x) for x in (*first.values(), *second.values())}
         strangers = {a for part in (first, second, *others) for a in part} - {*env.possible_agents}
     except Exception as error:  # whatever somebody else's code may raise
-        require(False, f"--env {name} is no working PettingZoo parallel environment: {error}")
-    shape, space = spaces[0]
-    box = isinstance(space, Box) and len(space.shape) == 1
-    box = box and (space.low == -1).all() and (space.high == 1).all()
-    discrete = isinstance(space, Discrete) and space.start == 0
-    vectors = shape and len(shape) == 1 and seen == {shape}
-    require(len({*map(str, spaces)}) == 1, f"--env {name} has agents of different spaces")
-    require(box or discrete, f"--env {name} acts in {space}, not in Box(-1, 1, (A,)) or Discrete")
-    require(vectors, f"--env {name} observes {seen} in {shape}, expected vectors")
+        require(False, f"--env {name} is no working PettingZoo parallel environment: {error!r}")
+    require(seen == {shape}, f"--env {name} observes {seen} in a space of {shape}")
     require(not strangers, f"--env {name} names {strangers}, no possible_agents")
     return env, bool(masks)
 
@@ -147,7 +147,7 @@ def evaluate(env, nets: "Networks", metadata: dict, episodes: int, seed: int) ->
 def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
     """Tensors [T, ...] and metadata. `data/convert.py --check FILE` names every fault of a file."""
     require(path.is_file(), f"the dataset {path} does not exist; data/collect_*.py record it")
-    require(zipfile.is_zipfile(path), f"{path} is no whole .npz file")
+    require(zipfile.is_zipfile(path) and path.open("rb").read(2) == b"PK", f"{path} is no whole .npz file")
     file, data = np.load(path, allow_pickle=False), {}
     metadata = dict(json.loads(str(file["metadata"])))
     recorded = metadata.get("env", args.env)
@@ -159,9 +159,9 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         x = file[name]
         fits, found = x.shape == shape and kind in x.dtype.name, f"{x.dtype} {list(x.shape)}"
         require(fits, f"{path}: {name} is {found}, expected {kind} {list(shape)} for --env {args.env}")
-        x = x.astype({"float": np.float32, "int": np.int64, "bool": bool}[kind], copy=False)
-        require((abs(x) < 1e9).all(), f"{path}: {name} holds NaN, infinity or more than 1e9")
-        return x
+        within = (abs(x) < np.float32(1e9)).all()  # before the cast, which can overflow
+        require(within, f"{path}: {name} holds NaN, infinity or more than 1e9")
+        return x.astype({"float": np.float32, "int": np.int64, "bool": bool}[kind], copy=False)
 
     def following(name: str, kind: str, *shape: int) -> np.ndarray:
         """What follows a row: the next one, or what is stored for the end of an episode."""
@@ -169,7 +169,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         when, rows = ("next", T) if given else ("final", int(ends.sum()))
         stored = take(f"{when}_{name}", kind, rows, *shape)
         x[ends] = stored[ends] if given else stored
-        same = not given or np.allclose(stored, x, atol=1e-6)
+        same = not given or np.allclose(stored[:-1], x[:-1], atol=1e-6)
         require(same, f"{path}: next_{name} are not the next row's")
         return x
 
@@ -183,16 +183,16 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
     ends = terminals | timeouts
     data["observations"] = take("observations", "float", T, N, *shape)
     data["next_observations"] = following("observations", "float", N, *shape)
-    actions = take("actions", "int", T, N) if discrete else take("actions", "float", T, N, A)
-    data["actions"] = actions
+    data["actions"] = actions = take("actions", "int", T, N) if discrete else take("actions", "float", T, N, A)
     if "individual_rewards" in file or "truth" in (args.credit, args.causal_target):
         data["individual_rewards"] = take("individual_rewards", "float", T, N)
     if "states" in file:
         data["states"] = take("states", "float", T, file["states"].shape[-1])
     data["alive"] = data["next_alive"] = allowed = np.ones((T, N), bool)
     if discrete:
-        data["action_masks"] = masks = take("action_masks", "bool", T, N, A)
-        data["next_action_masks"] = following("action_masks", "bool", N, A)
+        masked, everything = "action_masks" in file, np.ones((T, N, A), bool)
+        data["action_masks"] = masks = take("action_masks", "bool", T, N, A) if masked else everything
+        data["next_action_masks"] = following("action_masks", "bool", N, A) if masked else everything
         data["alive"] = masks.sum(2) > 1  # a dead agent has one action left
         data["next_alive"] = data["next_action_masks"].sum(2) > 1
         allowed = np.take_along_axis(masks, actions.clip(0, A - 1)[..., None], axis=2)
@@ -511,6 +511,7 @@ if __name__ == "__main__":
         require(checkpoint["dataset_sha256"] == digest, f"{run} had another dataset than {path}")
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
+        write(run / "checkpoint.pt", (run / "checkpoint.pt").read_bytes())  # fail now or never
         iteration, rows = checkpoint["iteration"], checkpoint["rows"]
         torch.set_rng_state(checkpoint["rng"][0])
         if args.cuda and len(checkpoint["rng"]) == 2:
@@ -527,15 +528,15 @@ if __name__ == "__main__":
     progress = tqdm(total=last_iteration, initial=iteration, unit="it", mininterval=1)
     stop: list[int] = []  # the first Ctrl-C saves and ends, the second just ends
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     while True:
         due = iteration == last_iteration or (iteration > 0 and iteration % args.eval_interval == 0)
         if iteration % 100 == 0 or due or stop:
-            for name, value in logs.items():
-                found = f"{name} is {value.item()} at iteration {iteration}"
-                require(value.isfinite(), f"{found} of {run}; try a smaller --learning-rate")
-                writer.add_scalar(f"losses/{name}", value.item(), iteration)
-        if iteration == 0 or (logs and (due or stop)):  # before an evaluation may crash
+            for name, x in logs.items():
+                require(x.isfinite(), f"{name} is {x:g} at iteration {iteration} of {run}; lower --learning-rate")
+                writer.add_scalar(f"losses/{name}", x.item(), iteration)
+        if not logs or due or stop:  # at the start, and before an evaluation may crash
             checkpoint = {name: module.state_dict() for name, module in modules.items()}
             checkpoint |= {"script": script, "args": vars(args), "dataset_sha256": digest}
             checkpoint |= {"iteration": iteration, "rows": rows, "rng": [torch.get_rng_state()]}
@@ -546,21 +547,20 @@ if __name__ == "__main__":
         if due and all(row["iteration"] != iteration for row in rows):
             episodes = args.final_episodes if iteration == last_iteration else args.eval_episodes
             try:
-                row = evaluate(env, nets, metadata, episodes, seed=1000 * args.seed)
+                row: dict = evaluate(env, nets, metadata, episodes, seed=1000 * args.seed)
             except Exception as error:
                 require(False, f"--env {args.env} failed: {error!r}; --resume {run} tries again")
             if args.credit == "macca":
                 inputs, truth = causal_inputs(held_out), held_out.get("individual_rewards")
                 row |= causal_model.report(*inputs, held_out["rewards"], truth, held_out["alive"])
-            row = {name: float(value) for name, value in row.items()}
             for name, value in row.items():
+                row[name] = float(value)
                 require(math.isfinite(value), f"{name} is {value} at iteration {iteration} of {run}")
                 writer.add_scalar(f"eval/{name}", value, iteration)
             rows.append({"iteration": iteration, "episodes": episodes, **row})
             columns = list(dict.fromkeys(name for row in rows for name in row))
             lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-            write(run / "metrics.csv", text.encode())
+            write(run / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
             shown = ("return", "score", "won", "team_nmse", "credit_rank", "credit_skill")
             report = ", ".join(f"{name} {row[name]:.3g}" for name in shown if name in row)
             progress.write(f"iteration {iteration}: {report}")
