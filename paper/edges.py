@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import ROOT, fail, read
+from rows import ROOT, SCRIPTS, fail, read
 
 sys.path.insert(0, str(ROOT))
 from causal_model import CausalModel
 
-SCRIPTS = ["macca_cql.py", "macca_omar.py", "macca_icq.py"]
 edges: list[np.ndarray] = []
 
 

@@ -1,6 +1,6 @@
-"""A control: MACCA-OMAR in which every agent is told the next agent's share. Arguments are those of macca_omar.py.
+"""A control: one of the scripts, in which every agent is told the next agent's share. The script's arguments follow it.
 
-    python paper/rolled.py --env mpe/simple_world --dataset medium-replay
+    python paper/rolled.py macca_omar.py --env mpe/simple_world --dataset medium-replay
 
 The shares are as large, as different from each other and as noisy as MACCA's; only whose they are is wrong.
 """
@@ -8,7 +8,7 @@ The shares are as large, as different from each other and as noisy as MACCA's; o
 import runpy
 import sys
 
-from rows import ROOT
+from rows import ROOT, SCRIPTS, fail
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
@@ -29,5 +29,8 @@ def rolled(
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
+        fail(f"the first argument must be one of {', '.join(SCRIPTS)}")
     CausalModel.assign = rolled
-    runpy.run_path(str(ROOT / "macca_omar.py"), run_name="__main__")
+    sys.argv = sys.argv[1:]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["macca_cql.py", "macca_omar.py", "macca_icq.py"]
 RESULTS = ROOT / "paper" / "results"
 
 Row = dict[str, str]

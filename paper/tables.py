@@ -111,6 +111,23 @@ TABLES["cn-conventions"] = (
     },
 )
 
+# Does credit pay where all that an agent observes is its own (--own-share 0), at the published learning rate? The shares
+# rolled by one agent are the control: as large and as noisy, but somebody else's. Seeds that no pilot used.
+for quality in ("medium-replay", "medium"):
+    where = f"--dataset {quality} --learning-rate 1e-2 --total-iterations 2000 --eval-interval 1000"
+    for name, more in (("omar", " --alpha 0.2"), ("icq", ""), ("cql", " --alpha 0.2")):
+        train = f"macca_{name}.py {where}{more}"
+        TABLES[f"credit-{name}-{quality}"] = (
+            [11, 12, 13, 14, 15],
+            {
+                "R / N": f"{train} --credit uniform",
+                "MACCA, what it observes is its own": f"{train} --own-share 0",
+                "the same, rolled": f"paper/rolled.py {train} --own-share 0",
+                "MACCA, default": train,
+                "true rewards": f"{train} --credit truth",
+            },
+        )
+
 # How long the runs of the paper's Table 1 must be, and alpha: learning curves on Predator-Prey and WORLD. One seed.
 pilot = "macca_omar.py --credit uniform --total-iterations 4000 --eval-interval 500 --eval-episodes 40"
 TABLES["pilot-simple_tag"] = (
@@ -147,7 +164,7 @@ for task in ("simple_spread", "simple_tag", "simple_world", "simple_tag_local", 
 
 # Is it credit? MACCA-OMAR's shares, each given to another agent, where MACCA gained most in Table 1.
 where = f"--env mpe/simple_world --dataset medium-replay --total-iterations {LENGTH} --eval-interval 500"
-TABLES["rolled"] = ([1, 2, 3], {"the next agent's share": f"paper/rolled.py {where}"})
+TABLES["rolled"] = ([1, 2, 3], {"the next agent's share": f"paper/rolled.py macca_omar.py {where}"})
 
 # Battles on SMAX (paper/table2.py): first how long the runs must be, one seed.
 TABLES["pilot-smax"] = (

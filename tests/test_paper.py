@@ -183,7 +183,7 @@ def test_refusals(project):
 
 def parsed(command):
     script, *words = shlex.split(command)
-    script = "macca_omar.py" if script == "paper/rolled.py" else script
+    script, words = (words[0], words[1:]) if script == "paper/rolled.py" else (script, words)
     module = importlib.import_module(script.removesuffix(".py"))
     args = tyro.cli(module.Args, args=words)
     for name, (low, high) in module.RANGES.items():
