@@ -283,7 +283,7 @@ class CausalModel(nn.Module):
         state_masks, action_masks = self.masks(state, action)
         team_error = (self.assign(state, action, alive=alive).sum(1) - team_reward).square().mean()
         report = {"state_density": state_masks.mean(), "action_density": action_masks.mean()}
-        if len(team_reward) > 1 and (team_reward != team_reward[0]).any():
+        if len(team_reward) > 1 and (team_reward != team_reward[0]).any() and team_reward.var() > 1e-30:
             report["team_nmse"] = team_error / team_reward.var()
         if individual_rewards is not None:
             living = torch.ones_like(credit) if alive is None else alive.float()

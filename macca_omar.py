@@ -223,7 +223,7 @@ def hold_out(data: Batch) -> tuple[Batch, Batch]:
     lengths = torch.bincount(episode)[order]
     drawn = order[lengths.cumsum(0) - lengths < min(10_000, len(ends) / 10)]
     held = torch.isin(episode, drawn)
-    kept = held if held.all() else ~held  # a single episode serves twice
+    kept = ~held if (~held).sum() > 1 else held | ~held  # a single episode serves twice
     return {name: x[kept] for name, x in data.items()}, {name: x[held] for name, x in data.items()}
 
 
