@@ -111,8 +111,8 @@ TABLES["cn-conventions"] = (
     },
 )
 
-# Does credit pay where all that an agent observes is its own (--own-share 0), at the published learning rate? The shares
-# rolled by one agent are the control: as large and as noisy, but somebody else's. Seeds that no pilot used.
+# Does credit pay if all that an agent observes is its own (--own-share 0), at the published learning rate? The control
+# is the shares rolled by one agent: as large and as noisy, but somebody else's. Seeds that no pilot used.
 for quality in ("medium-replay", "medium"):
     where = f"--dataset {quality} --learning-rate 1e-2 --total-iterations 2000 --eval-interval 1000"
     for name, more in (("omar", " --alpha 0.2"), ("icq", ""), ("cql", " --alpha 0.2")):
