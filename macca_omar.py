@@ -2,10 +2,10 @@
 
     python macca_omar.py --env mpe/simple_spread --dataset expert
 
-MACCA: https://openreview.net/forum?id=gwUOzI4DuV, OMAR: https://arxiv.org/abs/2111.11188.
-Read `update` first: it is Algorithm 1. Every agent has its own actor and twin critics, all computed at
-once: weights and activations have the agent as their first dimension. Shapes: N agents, B batch,
-T transitions, O observation, A action (or number of actions), S state, K candidate actions.
+MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers), OMAR: https://arxiv.org/abs/2111.11188.
+Read `update` first: it is the paper's Algorithm 1. Each agent has its own actor and twin critics, all
+computed at once, so weights and activations begin with the agent's dimension. Shapes: N agents,
+T transitions, B batch, O observation, A action, S joint state, K candidate actions.
 """
 
 import signal
@@ -46,8 +46,8 @@ Batch = dict[str, Tensor]
 class Args:
     env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
-    credit: Literal["macca", "team", "uniform", "truth"] = "macca"  # causal, R, R / N, or recorded
-    standardize_rewards: bool = True  # over the minibatch; not centered if episodes can end early
+    credit: Literal["macca", "team", "uniform", "truth"] = "macca"  # share, R, R / N, recorded
+    standardize_rewards: bool = True  # over the minibatch
     seed: int = 1  # of weights, minibatches and evaluation episodes
     cuda: bool = torch.cuda.is_available()  # train on the GPU
     total_iterations: int = 3_000  # each one update of everything
@@ -63,15 +63,15 @@ class Args:
     final_episodes: int = 100  # of the last evaluation
     resume: str = ""  # run folder to continue, or to evaluate if finished
     # Causal model (--credit macca)
-    graph: Literal["dynamic", "fixed", "full"] = "dynamic"  # Eq. 3's masks, constant, or none
+    graph: Literal["dynamic", "fixed", "full"] = "dynamic"  # masks of (s, a), constant, none
     lambda1: float = 7e-3  # L1 penalty on state edges (Eq. 5)
     lambda2: float = 7e-3  # L1 penalty on action edges (Eq. 5)
-    anchor: float = 5.0  # price of another agent's edge, in own edges; 1 is the paper's
-    own_share: float = 0.01  # own: others cannot predict this share of its variance
-    h: float = 0.1  # edges less probable are cut in the credit (Eq. 6)
+    anchor: float = 5.0  # price of edges from other agents' dimensions; paper: 1
+    own_share: float = 0.01  # own: what others leave unexplained to this share
+    h: float = 0.1  # less probable edges do not count in the credit (Eq. 6)
     causal_learning_rate: float = 1e-3  # of the reward predictor
     causal_target: Literal["team", "truth"] = "team"  # fit the sum, or each reward
-    causal_pretrain_iterations: int = 0  # alone, then frozen; 0: no
+    causal_pretrain_iterations: int = 0  # train it alone first, then freeze it
     # Algorithm specific
     alpha: float = 1.0  # weight of the conservative penalty (Eq. 7)
     cql_samples: int = 5  # uniform actions, and as many near the policy's
@@ -80,7 +80,7 @@ class Args:
     omar_samples: int = 10  # candidate actions per round
 
 
-RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9)}
+RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9), "causal_pretrain_iterations": (0, 1e9)}
 RANGES |= {"gamma": (0, 1), "target_rate": (0, 1), "own_share": (0, 1), "h": (0, 1), "tau": (0, 1)}
 
 
@@ -92,20 +92,21 @@ def require(condition: object, message: str) -> None:
 
 
 def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
-    """A PettingZoo parallel environment that plays a step, and whether it gives action masks."""
+    """A PettingZoo parallel environment that plays a step, and whether it has action masks."""
     sys.path.append(os.getcwd())  # after the script's own folder, look in the user's
     try:
-        place, mark, what = name.partition(":") if ":" in name else name.partition("/")
-        module = importlib.import_module(place if mark == ":" else f"data.{place}")
-        env = getattr(module, what)() if mark == ":" else module.parallel_env(what)
+        family, _, task = name.partition("/")
+        module, _, factory = name.partition(":")
+        module = importlib.import_module(module if factory else f"data.{family}")
+        env = getattr(module, factory)() if factory else module.parallel_env(task)
         spaces = [(env.observation_space(a).shape, env.action_space(a)) for a in env.possible_agents]
         shape, space = spaces[0]
         vector, box = shape and len(shape) == 1, isinstance(space, Box) and len(space.shape) == 1
         box = box and (space.low == -1).all() and (space.high == 1).all()
         discrete = isinstance(space, Discrete) and space.start == 0
         require(len({*map(str, spaces)}) == 1, f"--env {name} has agents of different spaces")
-        require(box or discrete, f"--env {name} acts in {space}, not in Box(-1, 1, (A,)) or Discrete(A)")
-        require(vector, f"--env {name} observes no vectors; masks belong in infos[agent]['action_mask']")
+        require(box or discrete, f"--env {name} acts in {space}, not Box(-1, 1, (A,)) or Discrete")
+        require(vector, f"--env {name} observes no vectors; masks belong in its infos")
         first, infos = env.reset(seed=seed)
         masks = {a: np.int8(x["action_mask"]) for a, x in infos.items() if "action_mask" in x}
         actions = {a: env.action_space(a).sample(masks.get(a)) for a in env.agents}
@@ -113,7 +114,7 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
         seen = {np.shape(x) for x in (*first.values(), *second.values())}
         strangers = {a for part in (first, second, *others) for a in part} - {*env.possible_agents}
     except Exception as error:  # whatever somebody else's code may raise
-        require(False, f"--env {name} is no working PettingZoo parallel environment: {error!r}")
+        require(False, f"--env {name} is no working parallel environment: {error!r}")
     require(seen == {shape}, f"--env {name} observes {seen} in a space of {shape}")
     require(not strangers, f"--env {name} names {strangers}, no possible_agents")
     return env, bool(masks)
@@ -157,7 +158,6 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
     require(recorded == args.env, f"{path} was recorded in {recorded}, but --env is {args.env}")
 
     def take(name: str, kind: str, *shape: int) -> np.ndarray:
-        """An array of the file, of this kind and shape."""
         require(name in file, f"{path} lacks {name} (see data/README.md)")
         x = file[name]
         fits, found = x.shape == shape and kind in x.dtype.name, f"{x.dtype} {list(x.shape)}"
@@ -165,6 +165,14 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         within = (abs(x) < np.float32(1e9)).all()  # before the cast, which can overflow
         require(within, f"{path}: {name} holds NaN, infinity or more than 1e9")
         return x.astype({"float": np.float32, "int": np.int64, "bool": bool}[kind], copy=False)
+
+    agent, N, T = env.possible_agents[0], len(env.possible_agents), file["rewards"].size
+    shape, space = env.observation_space(agent).shape, env.action_space(agent)
+    discrete = isinstance(space, Discrete)
+    A = int(space.n) if discrete else space.shape[0]
+    data["rewards"] = rewards = take("rewards", "float", T)
+    data |= {name: take(name, "bool", T) for name in ("terminals", "timeouts")}
+    terminals, ends = data["terminals"], data["terminals"] | data["timeouts"]
 
     def following(name: str, kind: str, *shape: int) -> np.ndarray:
         """What follows a row: the next one, or what is stored for the end of an episode."""
@@ -176,14 +184,6 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         require(same, f"{path}: next_{name} are not the next row's")
         return x
 
-    agent, N, T = env.possible_agents[0], len(env.possible_agents), file["rewards"].size
-    shape, space = env.observation_space(agent).shape, env.action_space(agent)
-    discrete = isinstance(space, Discrete)
-    A = int(space.n) if discrete else space.shape[0]
-    data["rewards"] = rewards = take("rewards", "float", T)
-    data["terminals"] = terminals = take("terminals", "bool", T)
-    data["timeouts"] = timeouts = take("timeouts", "bool", T)
-    ends = terminals | timeouts
     data["observations"] = take("observations", "float", T, N, *shape)
     data["next_observations"] = following("observations", "float", N, *shape)
     data["actions"] = actions = take("actions", "int", T, N) if discrete else take("actions", "float", T, N, A)
@@ -207,23 +207,22 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         "rewards are not the sum of individual_rewards": not np.allclose(rewards, earned, 1e-3, 1e-3),
         f"actions are not from {low} to {high}": actions.min() < low or actions.max() > high,
         "an action was taken that action_masks forbid": not allowed.all(),
-        "a row is both terminal and timeout": (terminals & timeouts).any(),
+        "a row is both terminal and timeout": (terminals & data["timeouts"]).any(),
         "the last row is neither terminal nor timeout": not ends[-1],
-        "random_return or expert_return is no number": not all(map(math.isfinite, references)),
+        "random_return or expert_return is no number": not np.isfinite(references).all(),
     }.items():
         require(not found, f"{path}: {fault}")
     return {name: torch.from_numpy(x) for name, x in data.items()}, metadata
 
 
 def hold_out(data: Batch) -> tuple[Batch, Batch]:
-    """Split off whole episodes to measure the credit on, the same for all seeds."""
+    """Split off random whole episodes to measure the credit on, the same for all seeds."""
     ends = (data["terminals"] | data["timeouts"]).long()
     episode = ends.cumsum(0) - ends  # [T]
     order = torch.randperm(int(ends.sum()), generator=torch.Generator().manual_seed(0))
     lengths = torch.bincount(episode)[order]
-    drawn = order[lengths.cumsum(0) - lengths < min(10_000, len(ends) / 10)]
-    held = torch.isin(episode, drawn)
-    kept = ~held if (~held).sum() > 1 else held | ~held  # a single episode serves twice
+    held = torch.isin(episode, order[lengths.cumsum(0) - lengths < min(1e4, len(ends) / 10)])
+    kept = ~held if (~held).sum() > 1 else held | ~held  # a single episode is both
     return {name: x[kept] for name, x in data.items()}, {name: x[held] for name, x in data.items()}
 
 
@@ -247,12 +246,12 @@ def assign_credit(batch: Batch, args: Args, causal_model: CausalModel) -> Tensor
         return causal_model.assign(*causal_inputs(batch), batch["rewards"], batch["alive"])
     if args.credit == "truth":
         return batch["individual_rewards"]
-    team, living = batch["rewards"][:, None] * batch["alive"], batch["alive"].sum(1, keepdim=True)
-    return team if args.credit == "team" else team / living.clamp(min=1)
+    alive, rewards = batch["alive"], batch["rewards"][:, None] * batch["alive"]
+    return rewards if args.credit == "team" else rewards / alive.sum(1, keepdim=True).clamp(min=1)
 
 
 def standardize(rewards: Tensor, alive: Tensor, center: Tensor) -> Tensor:
-    """Each agent's rewards [B, N] over their standard deviation; first minus the mean if `center`."""
+    """Rewards [B, N] over each agent's standard deviation, centered before if `center`."""
     count = alive.sum(0)
     mean = (rewards * alive).sum(0) / count.clamp(min=1)
     std = (((rewards - mean) * alive).square().sum(0) / (count - 1).clamp(min=1)).sqrt()
@@ -295,7 +294,7 @@ class Critic(nn.Module):
         agents, batch, _ = x.shape
         x = self.layer1(x.repeat(twins, 1, 1))  # [twins N, B, H], then [twins N, B K, H]
         if actions is not None and self.action_weight is not None:
-            # The first layer is linear: its observation part is computed once for all K actions.
+            # The first layer is linear: observations enter once for all K actions.
             actions = actions.flatten(1, 2).repeat(twins, 1, 1)  # [twins N, B K, A]
             part = torch.bmm(actions, self.action_weight[: len(x)])
             x = (x[:, :, None] + part.view(*x.shape[:2], -1, x.shape[2])).flatten(1, 2)
@@ -322,7 +321,7 @@ class Networks(nn.Module):
         std = data["observations"].std(0)[:, None]
         self.mean = nn.Buffer(data["observations"].mean(0)[:, None])
         self.std = nn.Buffer(torch.where(std > 1e-6, std, 1.0))
-        # Centered rewards would pay or fine survival if more than time ends episodes.
+        # If episodes can end early, minus the mean would reward or punish survival.
         self.center = nn.Buffer(~data["terminals"].any() & data["next_alive"].all())
 
     def inputs(self, observations: Tensor) -> Tensor:
@@ -416,7 +415,7 @@ def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]
         masks = batch["action_masks"].transpose(0, 1)
         logits = nets.actor(x).masked_fill(~masks, -1e9)  # [N, B, A]
         q_all = nets.critic(x, twins=1)[0]
-        # A finite set is searched exactly, and the distance becomes a cross-entropy.
+        # A finite set is searched exactly; the distance becomes a cross-entropy.
         a_hat = q_all.masked_fill(~masks, -torch.inf).argmax(2)
         distance = F.cross_entropy(logits.movedim(2, 1), a_hat, reduction="none")
         q = (logits.softmax(2) * q_all).sum(2)  # the expected Q under pi
@@ -438,11 +437,11 @@ def update(batch: Batch, nets, causal_model, optimizers, args: Args, policy: boo
     rewards = assign_credit(batch, args, causal_model)  # line 4 (Eq. 6): [B, N]
     if args.standardize_rewards:
         rewards = standardize(rewards, batch["alive"], nets.center)
-    if causal:  # line 5 (Eq. 4), on half of the rows: cheaper and as good
+    if causal:  # line 5 (Eq. 4), on half of the rows to save time
         half = {name: x[: (len(rewards) + 1) // 2] for name, x in batch.items()}
         truth = half["individual_rewards"] if args.causal_target == "truth" else None
-        inputs = (*causal_inputs(half), half["rewards"])
-        loss, logs["team_error"] = causal_model.loss(*inputs, truth, half["alive"])
+        inputs = (*causal_inputs(half), half["rewards"], truth, half["alive"])
+        loss, logs["team_error"] = causal_model.loss(*inputs)
         optimizers["causal"].zero_grad()
         loss.backward()
         optimizers["causal"].step()
@@ -504,12 +503,12 @@ if __name__ == "__main__":
         stored = Args(**{**checkpoint["args"], "resume": args.resume, "cuda": args.cuda})
         args = tyro.cli(Args, default=stored)
         given = [name for name, value in vars(args).items() if value != getattr(stored, name)]
-        require({*given} <= {"total_iterations"}, f"--resume keeps its arguments; leave out {given}")
+        require({*given} <= {"total_iterations"}, f"--resume keeps the run's arguments; leave out {given}")
     for name, value in vars(args).items():
-        low, high = RANGES.get(name, (0 if type(value) is float or "pretrain" in name else 1, 1e9))
+        low, high = RANGES.get(name, (int(type(value) is int), 1e9))  # integers from 1
         fits = type(value) not in (int, float) or low <= value <= high
         require(fits, f"--{name.replace('_', '-')} is {value}, expected {low} to {high:g}")
-    require(torch.cuda.is_available() or not args.cuda, "torch sees no CUDA device; give --no-cuda")
+    require(torch.cuda.is_available() or not args.cuda, "--cuda: torch sees no CUDA device; give --no-cuda")
     env, gives_masks = make_env(args.env, 1000 * args.seed)
     path = Path(args.dataset).resolve()
     if path.suffix != ".npz":  # a quality
@@ -532,7 +531,7 @@ if __name__ == "__main__":
         require(checkpoint["dataset_sha256"] == digest, f"{run} had another dataset than {path}")
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
-        write(run / "checkpoint.pt", (run / "checkpoint.pt").read_bytes())  # fail now or never
+        write(run / "checkpoint.pt", (run / "checkpoint.pt").read_bytes())  # a read-only folder fails here
         iteration, rows = checkpoint["iteration"], checkpoint["rows"]
         torch.set_rng_state(checkpoint["rng"][0])
         if args.cuda and len(checkpoint["rng"]) == 2:
@@ -553,11 +552,12 @@ if __name__ == "__main__":
             signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     while True:
         due = iteration == last_iteration or (iteration > 0 and iteration % args.eval_interval == 0)
-        if iteration % 100 == 0 or due or stop:
+        over = iteration == last_iteration or bool(stop)  # asked once: signals come any time
+        if iteration % 100 == 0 or due or over:
             for name, x in logs.items():
                 require(x.isfinite(), f"{name} is {x:g} at iteration {iteration} of {run}; lower --learning-rate")
                 writer.add_scalar(f"losses/{name}", x.item(), iteration)
-        if not logs or due or stop:  # at the start, and before an evaluation may crash
+        if not logs or due or over:  # at the start, and before an evaluation may crash
             checkpoint = {name: module.state_dict() for name, module in modules.items()}
             checkpoint |= {"script": script, "args": vars(args), "dataset_sha256": digest}
             checkpoint |= {"iteration": iteration, "rows": rows, "rng": [torch.get_rng_state()]}
@@ -585,7 +585,7 @@ if __name__ == "__main__":
             shown = ("return", "score", "won", "team_nmse", "credit_rank", "credit_skill")
             report = ", ".join(f"{name} {row[name]:.3g}" for name in shown if name in row)
             progress.write(f"iteration {iteration}: {report}")
-        if iteration == last_iteration or stop:
+        if over:
             break
         policy = iteration >= pretrain
         causal = args.credit == "macca" and not (pretrain and policy)
