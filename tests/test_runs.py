@@ -387,7 +387,7 @@ def test_an_environment_that_crashes_in_an_evaluation(tmp_path, monkeypatch):
     status, _, stderr = toy.run("macca_omar", tmp_path / "run", *flags, monkeypatch=monkeypatch)
     run = toy.run_folder(tmp_path / "run")
     assert status == 2 and "Traceback" not in stderr
-    (sentence,) = (line for line in stderr.splitlines() if line.startswith("macca_omar.py: "))
+    sentence = stderr[stderr.index("macca_omar.py: ") :].splitlines()[0]
     assert "--env test_runs:Crashing failed" in sentence and "the game is gone" in sentence
     assert f"--resume runs/{run.name}" in sentence and load(run)["iteration"] == 40
     start("macca_omar", tmp_path / "run", "--no-cuda", "--resume", run, monkeypatch=monkeypatch)
