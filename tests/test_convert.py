@@ -22,7 +22,7 @@ import tensorstore
 import toy
 
 sys.path.insert(0, str(toy.ROOT))
-from data import convert, files
+from data import check, convert, files
 
 VAULT = Path(__file__).resolve().parent / "vault" / "toy.vlt"
 SHIPPED = toy.ROOT / "data" / "datasets" / "mpe" / "simple_spread" / "expert.npz"
@@ -300,7 +300,7 @@ def test_round_trip(name, tmp_path, monkeypatch):
     assert f"{np.mean(returns):.2f} per agent and episode" in stdout
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "PIECE", 100)
+        patch.setattr(check, "PIECE", 100)
         assert run(*flags, "--output", tmp_path / "pieces.npz")[0] == 0
     assert (tmp_path / "pieces.npz").read_bytes() == (tmp_path / "data.npz").read_bytes()
 
@@ -401,8 +401,8 @@ def test_last_actions(write, tmp_path, monkeypatch):
         if plain["terminals"][row] or plain["timeouts"][row]:
             finals[episode, :, 2:], last, episode = last, np.zeros((2, 5)), episode + 1
     used = plain["timeouts"][plain["terminals"] | plain["timeouts"]] | (write is not write_vault)
-    for piece, asked in ((convert.PIECE, ["--env", "smac/3m"]), (100, ["--env", "x", "--last-action"])):
-        monkeypatch.setattr(convert, "PIECE", piece)
+    for piece, asked in ((check.PIECE, ["--env", "smac/3m"]), (100, ["--env", "x", "--last-action"])):
+        monkeypatch.setattr(check, "PIECE", piece)
         status, stdout, stderr = run(*flags, *asked)
         assert status == 0 and "the last action, 5 numbers" in stdout, stderr
         arrays, metadata = load(path)
@@ -471,7 +471,7 @@ def test_memory(tmp_path, monkeypatch):
         np.save(path / f"acs_{i}.npy", rng.uniform(-1, 1, (10_000, 2)))
         np.save(path / f"rews_{i}.npy", rng.normal(size=10_000))
         np.save(path / f"dones_{i}.npy", np.zeros(10_000))
-    monkeypatch.setattr(convert, "PIECE", 2**18)
+    monkeypatch.setattr(check, "PIECE", 2**18)
     tracemalloc.start()
     status, _, stderr = run(path, "--env", "x", "--quality", "y", "--output", tmp_path / "data.npz")
     peak = tracemalloc.get_traced_memory()[1]
@@ -1090,7 +1090,7 @@ def test_nothing_wrong(kind, tmp_path, monkeypatch):
     wide = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in arrays.items()}
     assert not findings(save(tmp_path / "a.npz", arrays, json.dumps(metadata)))
     assert not findings(save(tmp_path / "b.npz", wide, json.dumps(metadata)))
-    monkeypatch.setattr(convert, "PIECE", 50)
+    monkeypatch.setattr(check, "PIECE", 50)
     assert not findings(tmp_path / "a.npz")
     needed = {name: array for name, array in arrays.items() if name not in ("individual_rewards", "states")}
     assert not findings(save(tmp_path / "c.npz", needed, json.dumps({"schema_version": "1", "env": "x"})))
