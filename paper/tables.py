@@ -125,6 +125,7 @@ for quality in ("medium-replay", "medium"):
                 "the same, rolled": f"paper/rolled.py {train} --own-share 0",
                 "MACCA, default": train,
                 "true rewards": f"{train} --credit truth",
+                **({"behaviour cloning": f"{CLONING} {where}"} if name == "icq" else {}),
             },
         )
 
