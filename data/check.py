@@ -9,7 +9,7 @@ bytes a row.
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,26 @@ class Member:
         return self.read(rows.start * size, (rows.stop - rows.start) * size).reshape(-1, *self.shape[1:])
 
 
-def open_npz(path: Path) -> tuple[dict[str, Member], list[str]]:
-    """Our arrays in an .npz file, and the names of everything else but the metadata."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        raise ValueError("it is not an .npz file, or only the beginning of one") from None
-    names = dict.fromkeys(name.removesuffix(".npy") for name in archive.namelist())
-    ours = {name: Member(archive, name) for name in LAYOUT if f"{name}.npy" in archive.namelist()}
-    return ours, [name for name in names if name not in (*ours, "metadata")]
+class Archive(Mapping):
+    """The arrays of an .npz file by name, each of which is opened when it is asked for."""
+
+    def __init__(self, path: Path):
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile:
+            raise ValueError("it is not an .npz file, or only the beginning of one") from None
+        members = dict.fromkeys(self.archive.namelist())
+        self.names = [name.removesuffix(".npy") for name in members if name.endswith(".npy")]
+        self.others = [name for name in members if not name.endswith(".npy")]
+
+    def __getitem__(self, name: str) -> Member:
+        return Member(self.archive, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def pieces(length: int, *columns: Column) -> Iterator[tuple[int, int]]:
@@ -170,8 +181,9 @@ class Report:
 def inspect(path: Path) -> Report:
     report = Report()
     try:
-        arrays, unread = open_npz(path)
-        if unread:
+        archive = Archive(path)
+        arrays = {name: archive[name] for name in LAYOUT if name in archive.names}
+        if unread := [name for name in [*archive, *archive.others] if name not in (*arrays, "metadata")]:
             report.card["not read"] = ", ".join(unread)
         examine(arrays, files.read_metadata(path), report)
     except Exception as error:  # damaged bytes raise anything

@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import tyro
@@ -36,6 +36,7 @@ from data import files
 from data.check import (
     KINDS,
     LAYOUT,
+    Archive,
     Column,
     Rows,
     breaks,
@@ -46,13 +47,23 @@ from data.check import (
     inspect,
     is_battle,
     one_hot,
-    open_npz,
     pieces,
     previous,
 )
 from data.files import fail
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
+SYNONYMS = {  # what others call our arrays
+    "observations": ("obs",),
+    "next_observations": ("next_obs",),
+    "actions": ("actions_onehot",),
+    "rewards": ("reward",),
+    "terminals": ("terminations", "terminated", "terminal"),
+    "timeouts": ("truncations", "truncated", "timeout"),
+    "dones": ("done",),
+    "states": ("state", "infos.state"),
+    "action_masks": ("action_mask", "avail_actions", "available_actions", "legals", "infos.legals"),
+}
 
 
 @dataclass
@@ -67,6 +78,7 @@ class Args:
     # sum. By default individual, but team where all agents always have the same (never for OMAR's files and mpe/).
     rewards: Literal["team", "individual"] | None = None
     last_action: bool = False  # append the last action to observations; by default for --env smac/ and smax/ only
+    clip_actions: bool = False  # clip actions to [-1, 1], for policies that overshoot and environments that clip
     agents: int | None = None  # OMAR, OG-MARL: take the first so many; by default all that observe as the first one
     seeds: tuple[int, ...] = ()  # OMAR: the seed_k_data folders to take; by default all
     # The time limit: it ended the episodes of this length. OMAR's rows are cut there. By default 25 (OMAR), the padded
@@ -83,7 +95,7 @@ def parse(flags: list[str] | None = None) -> Args:
 
 @dataclass
 class Source:
-    """Somebody's dataset as R rows. The columns have our names; `rewards` may still have a number per agent.
+    """Somebody's dataset as R rows. The columns have our names, but actions and rewards are still the source's.
 
     What follows the last row of an episode is in `final_observations` [E, ...], or in `next_observations`, or it is the
     next row. Some sources lack that row after a terminal (`ends_stay`). Nothing is bootstrapped there, so the terminal
@@ -103,6 +115,10 @@ class Source:
     def ends(self) -> np.ndarray:
         return self.terminals | self.timeouts
 
+    @property
+    def agents(self) -> int:
+        return self.columns["observations"](0, 1).shape[1]
+
     def after(self, rows: np.ndarray) -> np.ndarray:
         """[R]: how often each row is what followed one of the given transitions, [R] bool."""
         stay = rows & self.terminals & self.ends_stay
@@ -118,13 +134,35 @@ def need(package: str) -> Any:
         fail(f"this format needs the package {package}, which is not installed; pip install {package}")
 
 
+# ---- names and shapes ----
+def translate(source: Path, present: Iterable[str], notes: list[str], needed: str, optional: str) -> dict[str, str]:
+    """Our names for the arrays of a source: {ours: theirs}. What has another name, and what nobody reads, is noted.
+
+    One of the names in a|b is needed, and both are read.
+    """
+    present, found = [*present], {}
+    for ours in f"{needed} {optional}".replace("|", " ").split():
+        if theirs := [name for name in (ours, *SYNONYMS.get(ours, ())) if name in present]:
+            found[ours] = theirs[0]
+    if missing := [names.split("|")[0] for names in needed.split() if not {*names.split("|")} & found.keys()]:
+        fail(f"{source} lacks {', '.join(missing)}; it has {', '.join(sorted(present)) or 'nothing'}")
+    if others := [f"{theirs} as {ours}" for ours, theirs in found.items() if ours != theirs]:
+        notes.append(f"read: {', '.join(others)}")
+    if unread := [name for name in present if name not in found.values() and name != "metadata"]:
+        notes.append(f"not read: {', '.join(unread)}")
+    return found
+
+
 def table(source: Path, arrays: dict[str, list]) -> tuple[dict[str, Rows], int]:
     """Join every name's arrays; all names must have equally many rows."""
     for name, parts in arrays.items():
         if not all(hasattr(part, "shape") for part in parts):
             fail(f"{source}: {name} is a group, expected an array")
         if len({part.shape[1:] for part in parts}) > 1 or not parts[0].shape:
-            fail(f"{source}: the parts of {name} do not fit together: {[list(part.shape) for part in parts]}")
+            fail(f"{source}: the parts of {name} do not fit together: {[list(part.shape) for part in parts][:9]}")
+        kinds = {np.dtype(getattr(part.dtype, "numpy_dtype", part.dtype)) for part in parts}
+        if strange := [kind for kind in kinds if kind.kind not in "biuf"]:
+            fail(f"{source}: {name} holds {strange[0]}, expected numbers")
     joined = {name: Rows(*parts) for name, parts in arrays.items()}
     lengths = {name: rows.length for name, rows in joined.items()}
     if len(set(lengths.values())) > 1 or not all(lengths.values()):
@@ -132,9 +170,24 @@ def table(source: Path, arrays: dict[str, list]) -> tuple[dict[str, Rows], int]:
     return joined, max(lengths.values())
 
 
-def require(source: Path, present: Iterable[str], *names: str) -> None:
-    if missing := [name for name in names if name not in present]:
-        fail(f"{source} lacks {', '.join(missing)}; it has {', '.join(sorted({*present})) or 'nothing'}")
+def team_size(source: Path, observations: Column) -> int:
+    """N of observations [R, N, O]."""
+    shape = observations(0, 1).shape[1:]
+    if len(shape) != 2:
+        found = ", ".join(map(str, shape))
+        fail(f"{source}: a row of observations is [{found}], expected [agents, numbers], also for a single agent")
+    return shape[0]
+
+
+def zero_or_one(source: Path, name: str, column: Column, length: int) -> np.ndarray:
+    """[R, ...] bool of flags that may be stored as numbers."""
+
+    def read(x: np.ndarray):
+        if not ((x == 0) | (x == 1)).all():
+            fail(f"{source}: {name} holds {x[(x != 0) & (x != 1)][0]:g}, expected 0 or 1")
+        return x.reshape(len(x), -1) != 0
+
+    return each_row(read, length, column)
 
 
 # ---- last actions ----
@@ -171,6 +224,53 @@ def team(source: Path, widths: list[int], args: Args, notes: list[str]) -> int:
     return kept
 
 
+def read_ends(
+    source: Path, rows: Any, shape: tuple[int, int, int], notes: list[str], kept: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The team's terminals and timeouts in sequences, [B, T] bool, from columns for one or `shape` [B, T, N] agents.
+
+    `dones`, if there are any, mark both alike.
+    """
+    found, nothing = {}, np.zeros(shape, bool)[..., :kept]
+    for name in ("terminals", "timeouts", "dones"):
+        if name in rows:
+            marks = zero_or_one(source, name, rows[name], shape[0] * shape[1])
+            if marks.shape[1] not in (1, shape[2]):
+                fail(f"{source}: a row has {marks.shape[1]} {name}, expected one, or one for each of {shape[2]} agents")
+            found[name] = np.broadcast_to(marks.reshape(*shape[:2], -1), shape)[..., :kept]
+    dones, timeouts = found.get("dones", nothing), found.get("timeouts", nothing)
+    terminals = found.get("terminals", dones & ~timeouts)
+    return ends_of_team(terminals, (timeouts | dones) & ~terminals, notes)
+
+
+def ends_of_team(terminals: np.ndarray, timeouts: np.ndarray, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """From each agent's flags in sequences, [B, T, N], to the team's, [B, T]: an episode ends when all have ended.
+
+    It ends as those agents do that end last: by time limit if that stopped one of them. An agent that ended before may
+    go on saying so, or not.
+    """
+    any_ends, all_end = (np.asarray(which(terminals | timeouts, axis=2)) for which in (np.any, np.all))
+    limited = np.asarray(timeouts.any(axis=2))
+    team_terminals, team_timeouts = all_end & ~limited, all_end & limited
+    early = 0
+    for sequence in np.flatnonzero((any_ends != all_end).any(axis=1)):
+        ended = np.zeros(terminals.shape[2], bool)
+        for row in np.flatnonzero(any_ends[sequence]):
+            stopped = (timeouts[sequence, row] & ~ended).any()
+            late, ended = ended.any(), ended | terminals[sequence, row] | timeouts[sequence, row]
+            team_timeouts[sequence, row] = ended.all() and stopped
+            team_terminals[sequence, row] = ended.all() and not stopped
+            if ended.all():
+                early, ended = early + late, np.zeros_like(ended)
+        early += ended.any()
+    if early:
+        notes.append(
+            f"agents ended before their team in {early:,} episodes: an episode ends when all have ended; where one "
+            "agent's end is the team's, the source must mark it for all"
+        )
+    return team_terminals, team_timeouts
+
+
 def split(terminals: np.ndarray, timeouts: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Which ends [R] are terminals and which timeouts: those after `limit` steps, else what the source says."""
     ends = np.flatnonzero(terminals | timeouts)
@@ -187,13 +287,14 @@ def whole_episodes(ends: np.ndarray, notes: list[str]) -> np.ndarray:
     return whole
 
 
-def without_final(kind: str, columns: dict, terminals: np.ndarray, timeouts: np.ndarray, notes: list[str]) -> Source:
+def without_final(
+    kind: str, columns: dict, whole: np.ndarray, terminals: np.ndarray, timeouts: np.ndarray, notes: list[str]
+) -> Source:
     """A source of sequences, flags [B, T], that does not store what followed the last step of an episode.
 
     After a timeout the bootstrap needs that. So the last row of such an episode becomes the final observation of the
-    transition before it, and is no transition itself.
+    transition before it, and is no transition itself. `whole`: the rows of whole episodes.
     """
-    whole = whole_episodes(terminals | timeouts, notes)
     begins = np.ones_like(whole)
     begins[:, 1:] = (terminals | timeouts)[:, :-1]
     moved = np.zeros_like(whole)
@@ -205,39 +306,6 @@ def without_final(kind: str, columns: dict, terminals: np.ndarray, timeouts: np.
         )
     flat = ((whole & ~timeouts).ravel(), terminals.ravel(), moved.ravel())
     return Source(kind, columns, *flat, notes, ends_stay=True)
-
-
-# ---- the formats ----
-def read_omar(source: Path, args: Args) -> Source:
-    """Arrays [M, ...] per agent. Nothing marks where episodes end: they are cut every --episode-length rows."""
-    folders = [source] if (source / "obs_0.npy").exists() else sorted(source.glob("seed_*_data"))
-    folders = [source / f"seed_{seed}_data" for seed in args.seeds] or folders
-    agents = range(len(list(folders[0].glob("obs_*.npy"))) or 1)
-    names = [f"{kind}_{i}" for kind in ("obs", "next_obs", "acs", "rews", "dones") for i in agents]
-    for folder in folders:
-        require(folder, {path.stem for path in folder.glob("*.npy")}, *names)
-    found = {name: [np.lib.format.open_memmap(f / f"{name}.npy", "r") for f in folders] for name in names}
-    notes, lengths, limit = [], [part.shape[0] for part in found["obs_0"]], args.episode_length or 25
-    kept = team(source, [found[f"obs_{i}"][0].shape[-1] for i in agents], args, notes)
-    arrays, length = table(source, {name: parts for name, parts in found.items() if int(name.split("_")[-1]) < kept})
-    if len({arrays[f"acs_{i}"].shape for i in range(kept)}) > 1:
-        fail(f"{source}: the agents' actions differ in size, expected the same size for all")
-
-    def stack(kind: str) -> Column:
-        return lambda a, b: np.stack([arrays[f"{kind}_{i}"](a, b) for i in range(kept)], axis=1)
-
-    whole = np.concatenate([np.arange(n) < n // limit * limit for n in lengths])
-    ends = np.concatenate([np.arange(n) % limit == limit - 1 for n in lengths])
-    if len(done := np.flatnonzero(flags(stack("dones"), length) & ~ends)):
-        fail(f"{source}: row {done[0]:,} is done, inside an episode of {limit} rows; give the true --episode-length")
-    if not whole.all():
-        notes.append(f"left out: {(~whole).sum():,} rows at the end, which are no whole episode")
-    ours = {"observations": "obs", "next_observations": "next_obs", "actions": "acs", "rewards": "rews"}
-    columns = {name: stack(kind) for name, kind in ours.items()}
-    dataset = Source("OMAR", columns, whole, np.zeros(length, bool), ends, notes)
-    if (ends & ~in_order(source, dataset))[:-1].sum() > ends[:-1].sum() / 2:
-        fail(f"{source}: episodes go on after {limit} rows; give the true --episode-length")
-    return dataset
 
 
 def in_order(source: Path, dataset: Source) -> np.ndarray:
@@ -254,39 +322,95 @@ def in_order(source: Path, dataset: Source) -> np.ndarray:
     return broken
 
 
+# ---- the formats ----
+def read_omar(source: Path, args: Args, folders: list[Path]) -> Source:
+    """Arrays [M, ...] per agent. Nothing marks where episodes end: they are cut every --episode-length rows."""
+    agents, notes = range(len(list(folders[0].glob("obs_*.npy"))) or 1), []
+    kinds = {"observations": "obs", "next_observations": "next_obs", "actions": "acs", "rewards": "rews"}
+    kinds["dones"] = "dones"
+    names = [f"{kind}_{i}" for kind in kinds.values() for i in agents]
+    for folder in folders:
+        present = {path.stem for path in folder.glob("[!.]*.npy")}
+        if missing := [name for name in names if name not in present]:
+            fail(f"{folder} lacks {', '.join(missing)}; it has {', '.join(sorted(present)) or 'nothing'}")
+        if unread := sorted(present - {*names}):
+            notes.append(f"not read in {folder.name}: {', '.join(unread)}")
+    found = {name: [np.lib.format.open_memmap(f / f"{name}.npy", "r") for f in folders] for name in names}
+    lengths, limit = [part.shape[0] for part in found["obs_0"]], args.episode_length or 25
+    kept = team(source, [found[f"obs_{i}"][0].shape[-1] for i in agents], args, notes)
+    arrays, length = table(source, {name: parts for name, parts in found.items() if int(name.split("_")[-1]) < kept})
+    for kind in kinds.values():
+        if len(shapes := {arrays[f"{kind}_{i}"].shape for i in range(kept)}) > 1:
+            fail(f"{source}: the agents' {kind} differ in size ({sorted(shapes)}), expected the same size for all")
+
+    def stack(kind: str) -> Column:
+        return lambda a, b: np.stack([arrays[f"{kind}_{i}"](a, b) for i in range(kept)], axis=1)
+
+    whole = np.concatenate([np.arange(n) < n // limit * limit for n in lengths])
+    ends = np.concatenate([np.arange(n) % limit == limit - 1 for n in lengths])
+    if len(done := np.flatnonzero(flags(stack("dones"), length) & ~ends)):
+        fail(f"{source}: row {done[0]:,} is done, inside an episode of {limit} rows; give the true --episode-length")
+    if not whole.all():
+        notes.append(f"left out: {(~whole).sum():,} rows at the end, which are no whole episode")
+    columns = {name: stack(kind) for name, kind in kinds.items() if name != "dones"}
+    dataset = Source("OMAR", columns, whole, np.zeros(length, bool), ends, notes)
+    if (ends & ~in_order(source, dataset))[:-1].sum() > ends[:-1].sum() / 2:
+        fail(f"{source}: episodes go on after {limit} rows; give the true --episode-length")
+    return dataset
+
+
 def read_pymarl(source: Path, args: Args, parts: list) -> Source:
-    """Episodes [E, T, ...] padded with zeros. L transitions fill L + 1 rows; the last row holds what followed them."""
-    for part in parts:
-        require(source, part, "obs", "actions", "reward", "terminated", "filled")
-    names = [n for n in ("obs", "actions", "reward", "terminated", "filled", "state", "avail_actions") if n in parts[0]]
-    arrays, episodes = table(source, {name: [part[name] for part in parts] for name in names})
+    """Episodes [E, T, ...] padded with zeros. L transitions fill L + 1 rows; the last row holds what followed them.
+
+    Conversions of vaults fill only L rows, the last of which is `terminated`: they lack what followed.
+    """
+    notes: list[str] = []
+    needed, optional = "observations actions rewards terminals|dones filled", "timeouts states action_masks"
+    names = [translate(source, part, notes, needed, optional) for part in parts]
+    notes = [*dict.fromkeys(notes)]
+    if odd := [part for part, found in zip(parts, names, strict=True) if found.keys() != names[0].keys()]:
+        fail(f"{source}: one part holds {', '.join(sorted(parts[0]))}, another {', '.join(sorted(odd[0]))}")
+    found = {ours: [part[own[ours]] for part, own in zip(parts, names, strict=True)] for ours in names[0]}
+    arrays, episodes = table(source, found)
+    if len({rows.shape[:1] for rows in arrays.values()}) > 1 or not arrays["filled"].shape:
+        shapes = ", ".join(f"{name} {[episodes, *rows.shape]}" for name, rows in arrays.items())
+        fail(f"{source}: expected arrays [episodes, steps, ...] with equally many steps, found {shapes}")
     steps = arrays["filled"].shape[0]  # T
 
-    def flat(name: str) -> Column:
+    def flat(rows: Rows) -> Column:
         def read(a: int, b: int) -> np.ndarray:
             first = a // steps  # episode
-            block = arrays[name](first, -(-b // steps))
+            block = rows(first, -(-b // steps))
             return block.reshape(-1, *block.shape[2:])[a - first * steps : b - first * steps]
 
         return read
 
-    filled = flags(flat("filled"), episodes * steps).reshape(episodes, steps)
-    terminated = flags(flat("terminated"), episodes * steps).reshape(episodes, steps)
-    length = filled.sum(axis=1, keepdims=True) - 1  # [E, 1] = L; -1 for an empty episode
-    row, limit = np.arange(steps), args.episode_length or steps - 1
-    last = row == length - 1
-    odd = (filled != (row <= length)).any(axis=1) | (terminated & ~last).any(axis=1)
+    columns = {name: flat(rows) for name, rows in arrays.items()}
+    agents, length = team_size(source, columns["observations"]), episodes * steps
+    filled = zero_or_one(source, "filled", columns.pop("filled"), length)
+    if filled.shape[1] != 1:
+        fail(f"{source}: a step has {filled.shape[1]} numbers `filled`, expected one")
+    filled = filled.reshape(episodes, steps)
+    terminals, timeouts = read_ends(source, columns, (episodes, steps, agents), notes)
+    count, row = filled.sum(axis=1, keepdims=True), np.arange(steps)  # [E, 1], [T]
+    ends, behind = terminals | timeouts, count - row - 1  # [E, T]: how many filled rows are behind this one
+    after = int((ends & (behind == 1)).sum() >= (ends & (behind == 0)).sum())
+    odd = (filled != (row < count)).any(axis=1) | (ends & (behind != after)).any(axis=1)
     if odd.any():
-        fail(f"{source}: in episode {odd.argmax()} `filled` does not end one row after the last step")
-    timeouts = last & (~terminated | (length == limit))
-    columns = {name: flat(theirs) for name, theirs in [("observations", "obs"), ("rewards", "reward")]}
-    columns["actions"] = lambda a, b: flat("actions")(a, b)[..., 0].astype(np.int64)
-    if "state" in names:
-        columns["states"] = flat("state")
-    if "avail_actions" in names:
-        columns["action_masks"] = lambda a, b: flat("avail_actions")(a, b) != 0
-    notes = [f"read as timeouts: the {timeouts.sum():,} episodes of {limit} steps or without `terminated`"]
-    return Source("PyMARL", columns, (row < length).ravel(), (last & ~timeouts).ravel(), timeouts.ravel(), notes)
+        fail(
+            f"{source}: in episode {odd.argmax()} `filled` does not end one row after the last step, as PyMARL has it, "
+            "nor do all episodes end with their last step"
+        )
+    last = behind == after
+    # By default an episode of limit length is a timeout, unless the source tells them or steps are all it has.
+    limit = args.episode_length or (steps - 1 if steps > 2 and "timeouts" not in columns else 0)
+    timeouts = last & (~terminals | (row == limit - 1))
+    reason = f"of {limit} steps or without `terminated`" if limit else "without `terminated`"
+    notes.append(f"read as timeouts: the {timeouts.sum():,} episodes {reason}")
+    columns = {name: column for name, column in columns.items() if name not in ("terminals", "timeouts", "dones")}
+    if not after:
+        return without_final("PyMARL", columns, filled, last & ~timeouts, timeouts, notes)
+    return Source("PyMARL", columns, (behind > 0).ravel(), (last & ~timeouts).ravel(), timeouts.ravel(), notes)
 
 
 def read_vault(source: Path, args: Args) -> Source:
@@ -295,76 +419,82 @@ def read_vault(source: Path, args: Args) -> Source:
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{source.resolve()}/"}}
     context = ts.Context({"cache_pool": {"total_bytes_limit": 2**28}})  # a vault's pieces are larger than ours
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
-    leaves = {key.removesuffix("/.zarray"): key for key in keys if key.endswith("/.zarray")}
-    names = ["observations.", "actions.", "rewards.", "terminals.", "truncations."]
-    require(source, leaves, "vault_index", *names)
-    names += [name for name in ("infos.legals.", "infos.state.") if name in leaves]
+    paths = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
+    leaves = {path.removesuffix("."): path for path in paths}
+    notes: list[str] = []
+    needed, optional = "observations actions rewards terminals|dones vault_index", "timeouts states action_masks"
+    names = translate(source, leaves, notes, needed, optional)
 
     def load(name: str):
-        return ts.open({"driver": "zarr", "kvstore": {**store, "path": name}}, context=context).result()
+        return ts.open({"driver": "zarr", "kvstore": {**store, "path": leaves[name]}}, context=context).result()
 
-    steps, stored = int(np.max(load("vault_index"))), {name: load(name) for name in names}
-    arrays = {name: [array[b, :steps] for b in range(array.shape[0])] for name, array in stored.items()}
-    rows, length = table(source, arrays)
-    marks = [flags(rows[name], length).reshape(-1, steps) for name in names[3:5]]
-    # Sequence by sequence, because an unfinished episode does not go on in the next sequence.
-    marks = [split(terminal, timeout, args.episode_length) for terminal, timeout in zip(*marks, strict=True)]
-    terminals, timeouts = map(np.stack, zip(*marks, strict=True))
+    steps, stored = int(np.max(load(names.pop("vault_index")))), {ours: load(name) for ours, name in names.items()}
+    rows, length = table(source, {name: [x[b, :steps] for b in range(x.shape[0])] for name, x in stored.items()})
+    agents = team_size(source, rows["observations"])
     # Narrower observations of other agents are padded with -inf.
-    widths, notes = [int(n) for n in (rows["observations."](0, 1)[0] != -np.inf).sum(axis=-1)], []
+    widths = [int(n) for n in (rows["observations"](0, 1)[0] != -np.inf).sum(axis=-1)]
     kept = team(source, widths, args, notes)
-    columns: dict[str, Column] = {
-        "observations": lambda a, b: rows["observations."](a, b)[:, :kept, : widths[0]],
-        "actions": lambda a, b: rows["actions."](a, b)[:, :kept],
-        "rewards": lambda a, b: rows["rewards."](a, b)[:, :kept],
-    }
-    if "infos.legals." in names:
-        columns["action_masks"] = lambda a, b: rows["infos.legals."](a, b)[:, :kept] != 0
-    if "infos.state." in names:
-        columns["states"] = rows["infos.state."]
-    return without_final("OG-MARL", columns, terminals, timeouts, notes)
+    # Sequence by sequence, because an unfinished episode does not go on in the next sequence.
+    marks = zip(*read_ends(source, rows, (length // steps, steps, agents), notes, kept), strict=True)
+    ends = [split(terminals, timeouts, args.episode_length) for terminals, timeouts in marks]
+    terminals, timeouts = map(np.stack, zip(*ends, strict=True))
+
+    def ours(name: str) -> Column:
+        def read(a: int, b: int) -> np.ndarray:
+            x = rows[name](a, b)
+            return x[:, :kept] if x.ndim > 1 and x.shape[1] == agents and name != "states" else x
+
+        return read
+
+    columns = {name: ours(name) for name in rows if name not in ("terminals", "timeouts", "dones")}
+    columns["observations"] = lambda a, b: rows["observations"](a, b)[:, :kept, : widths[0]]
+    whole = whole_episodes(terminals | timeouts, notes)
+    return without_final("OG-MARL", columns, whole, terminals, timeouts, notes)
 
 
-def read_d4rl(source: Path, args: Args, arrays: Any, unread: list[str]) -> Source:
+def read_d4rl(source: Path, args: Args, arrays: Any, present: list[str]) -> Source:
     """Rows [R, N, ...] under D4RL's names or ours."""
-    require(source, [*arrays, *unread], "observations", "actions", "rewards", "terminals")
-    finals = {name: Rows(arrays[name]) for name in ("final_observations", "final_action_masks") if name in arrays}
-    rows, length = table(source, {name: [arrays[name]] for name in LAYOUT if name in arrays and name not in finals})
-    if len(rows["observations"].shape) != 2:
-        shape = list(arrays["observations"].shape)
-        fail(f"{source}: observations are {shape}, expected [rows, agents, numbers], also for a single agent")
-    limits = flags(rows.pop("timeouts"), length) if "timeouts" in rows else np.zeros(length, bool)
-    terminals = flags(rows.pop("terminals"), length)
-    if args.episode_length and not (terminals | limits).any():  # nothing marks an end: cut after so many rows
-        limits = np.arange(1, length + 1) % args.episode_length == 0
-    terminals, timeouts = split(terminals, limits, args.episode_length)
+    notes: list[str] = []
+    needed, optional = "observations actions rewards terminals|timeouts|dones", " ".join(LAYOUT)
+    names = translate(source, present, notes, needed, optional)
+    finals = {name: Rows(arrays[name]) for name in ("final_observations", "final_action_masks") if name in names}
+    rows, length = table(source, {name: [arrays[names[name]]] for name in names if name not in finals})
+    agents = team_size(source, rows["observations"])
+    terminals, timeouts = (marks[0] for marks in read_ends(source, rows, (1, length, agents), notes))
+    if args.episode_length and not (terminals | timeouts).any():  # nothing marks an end: cut after so many rows
+        timeouts = np.arange(1, length + 1) % args.episode_length == 0
+    terminals, timeouts = split(terminals, timeouts, args.episode_length)
     columns: dict[str, Column] = {**rows, **finals}
-    notes = [f"not read: {', '.join(unread)}"] if unread else []
+    columns = {name: column for name, column in columns.items() if name not in ("terminals", "timeouts", "dones")}
+    whole = whole_episodes((terminals | timeouts)[None], notes)
     if "next_observations" not in columns and "final_observations" not in columns:
-        return without_final("D4RL", {**rows}, terminals[None], timeouts[None], notes)
-    whole = whole_episodes((terminals | timeouts)[None], notes)[0]
-    dataset = Source("D4RL", columns, whole, terminals, timeouts, notes)
+        return without_final("D4RL", columns, whole, terminals[None], timeouts[None], notes)
+    dataset = Source("D4RL", columns, whole[0], terminals, timeouts, notes)
     for name, final in finals.items():
         if final.length != dataset.ends.sum():
             fail(f"{source} has {final.length:,} {name}, but {dataset.ends.sum():,} episodes end")
     in_order(source, dataset)
-    if "action_masks" in columns and not {"next_action_masks", "final_action_masks"} & columns.keys():
-        if not each_row(lambda mask: (mask != 0).all(axis=(1, 2)), length, columns["action_masks"]).all():
-            fail(f"{source} has action_masks; add final_action_masks, those after the last row of each episode")
-        del columns["action_masks"]
-        notes.append("left out: action_masks, because they allow every action")
     return dataset
 
 
 def read_omiga(source: Path, args: Args, arrays: Any) -> Source:
     """Rows [R, N, ...]. A row with d holds the final observation of an episode. `s` is the same for all agents."""
+    notes = [f"not read: {', '.join(unread)}"] if (unread := sorted({*arrays} - {*"soard"})) else []
     rows, length = table(source, {name: [arrays[name]] for name in "soard"})
-    final, notes = flags(rows["d"], length), []
+    agents = team_size(source, rows["o"])
+    final = read_ends(source, {"terminals": rows["d"]}, (1, length, agents), notes)[0][0]
     last = np.append(final[1:], False) & ~final
     limited = split(final, np.zeros(length, bool), (args.episode_length or 1000) + 1)[1]
     timeouts = last & np.append(limited[1:], False)
     columns: dict[str, Column] = {"observations": rows["o"], "actions": rows["a"], "rewards": rows["r"]}
-    columns["states"] = lambda a, b: rows["s"](a, b).reshape(b - a, -1, rows["s"].shape[-1])[:, 0]
+
+    def states(a: int, b: int) -> np.ndarray:
+        return rows["s"](a, b).reshape(b - a, -1, rows["s"].shape[-1])
+
+    if not rows["s"].shape or each_row(lambda s: (s != s[:, :1]).any(axis=(1, 2)), length, states).any():
+        notes.append("not read: s, because it is not one state for all agents")
+    else:
+        columns["states"] = lambda a, b: states(a, b)[:, 0]
     keep = whole_episodes(final[None], notes)[0] & ~final
     return Source("OMIGA", columns, keep, last & ~timeouts, timeouts, notes)
 
@@ -373,38 +503,138 @@ def recognise(source: Path, args: Args) -> Source:
     """Recognise the format from names."""
     if not source.exists():
         fail(f"{source} does not exist")
-    if source.is_dir():
-        found = sorted(source.iterdir(), key=lambda path: (len(path.name), path.name))  # part_10 after part_9
-        batches = [path for path in found if path.suffix in (".h5", ".hdf5")]
-        vaults = [path.parent for path in sorted([*source.glob("manifest.ocdbt"), *source.glob("*/manifest.ocdbt")])]
-        if (source / "obs_0.npy").exists() or any(source.glob("seed_*_data")):
-            return read_omar(source, args)
-        if (source / "filled.npy").exists():
-            arrays = {path.stem: np.lib.format.open_memmap(path, "r") for path in found if path.suffix == ".npy"}
-            return read_pymarl(source, args, [arrays])
-        if len(vaults) == 1:
-            return read_vault(vaults[0], args)
-        if vaults:
-            fail(f"{source} holds several datasets; give one of {', '.join(path.name for path in vaults)}")
-        if batches:
-            return read_pymarl(source, args, [need("h5py").File(path, "r") for path in batches])
-    elif source.suffix == ".npz":
-        dataset = read_d4rl(source, args, *open_npz(source))
-        dataset.metadata = files.read_metadata(source)
+    if source.is_file():
+        dataset = read_file(source, args)
+    else:
+        dataset = read_folder(source, args)
+    if dataset is not None:
         return dataset
-    elif source.suffix in (".h5", ".hdf5"):
-        file = need("h5py").File(source, "r")
-        if "filled" in file:
-            return read_pymarl(source, args, [file])
-        if set("soard") <= set(file):
-            return read_omiga(source, args, file)
-        return read_d4rl(source, args, file, [name for name in file if name not in LAYOUT])
     if any(path.suffix in PICKLES for path in ([source] if source.is_file() else source.iterdir())):
         fail(f"{source}: pickles are never loaded because they can run code; ask for the data in another format")
     fail(f"{source} has none of the formats that python data/convert.py --help names")
 
 
-# ---- writing ----
+def read_file(source: Path, args: Args) -> Source | None:
+    if source.suffix == ".npz":
+        arrays = Archive(source)
+        dataset = read_d4rl(source, args, arrays, [*arrays, *arrays.others])
+        dataset.metadata = files.read_metadata(source)
+        return dataset
+    if source.suffix not in (".h5", ".hdf5"):
+        return None
+    file = need("h5py").File(source, "r")
+    if "filled" in file:
+        return read_pymarl(source, args, [file])
+    if set("soard") <= set(file):
+        return read_omiga(source, args, file)
+    return read_d4rl(source, args, file, [*file])
+
+
+def read_folder(source: Path, args: Args) -> Source | None:
+    """Hidden files, such as macOS leaves in archives, are no data. They and other files that nobody reads are noted."""
+    everything = sorted(source.iterdir(), key=lambda path: (len(path.name), path.name))  # part_10 after part_9
+    found = [path for path in everything if not path.name.startswith(".")]
+    batches = [path for path in found if path.suffix in (".h5", ".hdf5")]
+    vaults = [path.parent for path in sorted([*source.glob("manifest.ocdbt"), *source.glob("*/manifest.ocdbt")])]
+    seeds = [path for path in found if path.match("seed_*_data")]
+    arrays = [path for path in found if path.suffix == ".npy"]
+    if (source / "obs_0.npy").exists():
+        used, dataset = arrays, read_omar(source, args, [source])
+    elif seeds:
+        used = [source / f"seed_{seed}_data" for seed in args.seeds] or seeds
+        dataset = read_omar(source, args, used)
+    elif (source / "filled.npy").exists():
+        loaded = {path.stem: np.lib.format.open_memmap(path, "r") for path in arrays}
+        used, dataset = arrays, read_pymarl(source, args, [loaded])
+    elif len(vaults) > 1:
+        fail(f"{source} holds several datasets; give one of {', '.join(path.name for path in vaults)}")
+    elif vaults:
+        used, dataset = (everything if vaults[0] == source else vaults), read_vault(vaults[0], args)
+    elif batches:
+        used, dataset = batches, read_pymarl(source, args, [need("h5py").File(path, "r") for path in batches])
+    else:
+        return None
+    if unread := [path.name for path in everything if path not in used]:
+        dataset.notes.append(f"not read in {source.name}: {', '.join(unread)}")
+    return dataset
+
+
+# ---- actions and rewards ----
+def settle_masks(path: Path, source: Source) -> tuple[int, bool]:
+    """How many actions the masks are about, 0 if there are no masks, and whether they allow everything."""
+    columns, width, everything = source.columns, 0, True
+    for name in [name for name in columns if name.endswith("action_masks")]:
+        mask, used = columns[name], np.ones(source.ends.sum(), bool) if "final" in name else source.keep
+        shape = mask(0, 1).shape[1:]
+        if len(shape) != 2 or shape[0] != source.agents:
+            fail(f"{path}: a row of {name} is {list(shape)}, expected [{source.agents} agents, actions]")
+        width, allowed = shape[1], zero_or_one(path, name, mask, len(used))
+        everything = everything and bool(allowed[used].all())
+        columns[name] = lambda a, b, mask=mask: mask(a, b) != 0
+    unknown = not {"next_action_masks", "final_action_masks"} & columns.keys()
+    if width and unknown and {"next_observations", "final_observations"} & columns.keys():
+        if not everything:
+            fail(f"{path} has action_masks; add final_action_masks, those after the last row of each episode")
+        del columns["action_masks"]
+        source.notes.append("left out: action_masks, because they allow every action")
+    return width, everything
+
+
+def settle_actions(path: Path, source: Source, clip: bool) -> None:
+    """Make `actions` [R, N] whole numbers or [R, N, A] numbers in [-1, 1]. What can be read in two ways is refused."""
+    columns, given, agents, notes = source.columns, source.columns["actions"], source.agents, source.notes
+    choices, everything = settle_masks(path, source)
+    sample = given(0, 1)[0]
+    width = math.prod(sample.shape[1:])
+
+    def wrong(expected: str) -> NoReturn:
+        fail(f"{path}: the actions of a row are {sample.dtype} {list(sample.shape)}, expected {expected}")
+
+    if sample.ndim not in (1, 2) or len(sample) != agents or not width:
+        wrong(f"[{agents} agents] or [{agents} agents, numbers]")
+
+    def facts(x: np.ndarray):
+        """Of each row: whether it is one-hot, whether its numbers are whole, the lowest, the highest."""
+        x = x.reshape(len(x), agents, width).astype(np.float32 if x.dtype.kind == "f" else np.float64)
+        hot = ((x == 0) | (x == 1)).all(axis=(1, 2)) & (x.sum(axis=2) == 1).all(axis=1)
+        whole = (np.isfinite(x) & (x == np.floor(x))).all(axis=(1, 2))
+        return np.stack([hot, whole, x.min(axis=(1, 2)), x.max(axis=(1, 2))], axis=1)
+
+    hot, whole, low, high = each_row(facts, len(source.keep), given)[source.keep].T
+    natural = width == 1 and whole.all() and low.min() >= 0
+    if width > 1 and hot.all():
+        if choices not in (0, width):
+            wrong(f"one-hot over {choices} actions, as action_masks have")
+        columns["actions"] = lambda a, b: given(a, b).argmax(axis=2)
+        notes.append(f"actions read as one-hot over {width} actions")
+    elif natural and (sample.dtype.kind != "f" or choices or high.max() > 1):
+        columns["actions"] = lambda a, b: given(a, b).reshape(b - a, agents).astype(np.int64)
+        if sample.dtype.kind == "f":
+            notes.append(f"actions read as indices, though they are {sample.dtype}")
+    elif sample.dtype.kind != "f":
+        wrong("an index from 0 for each agent, or one-hot; what is continuous is stored as float")
+    elif natural or sample.ndim == 1:
+        wrong("integers if they are indices, or numbers other than 0 and 1 and [agents, numbers] if they are not")
+    elif choices and not everything:
+        wrong("indices, because action_masks forbid some of them")
+    else:
+        for name in [name for name in columns if name.endswith("action_masks")]:
+            del columns[name]
+            notes.append(f"left out: {name}, because actions are continuous")
+        beyond, reach = (low < -1) | (high > 1), np.abs([low, high]).max()
+        if beyond.any() and clip and np.isfinite(reach):
+            columns["actions"] = lambda a, b: given(a, b).clip(-1, 1)
+            notes.append(f"clipped: actions outside [-1, 1] in {beyond.sum():,} rows, up to {reach:g}")
+        elif beyond.any() and np.isfinite(reach):
+            fail(
+                f"{path}: actions are outside [-1, 1] in {beyond.sum():,} rows, up to {reach:g}; add --clip-actions if "
+                "the environment clips them, or divide them by its largest action"
+            )
+        return
+    if clip:
+        fail(f"{path} has discrete actions; leave out --clip-actions")
+
+
 def settle_rewards(path: Path, source: Source, asked: str | None, env: str) -> str:
     """Make `rewards` [R] the team's, `individual_rewards` [R, N] the agents' own if there are any; say what it took."""
     given, agents = source.columns["rewards"], source.columns["observations"](0, 1).shape[1]
@@ -432,6 +662,7 @@ def settle_rewards(path: Path, source: Source, asked: str | None, env: str) -> s
     return "individual; the team's is their sum"
 
 
+# ---- writing ----
 def plan(source: Source) -> dict[str, tuple[Column, np.ndarray, type]]:
     """The arrays of the file: how each is read, how often [R] each row is taken, and the type."""
     columns, keep, ends = source.columns, source.keep, source.ends
@@ -489,6 +720,7 @@ def convert(args: Args) -> None:
                 fail(f"--{flag} is for {' and '.join(formats)}, but {args.source} is {source.format}")
         if not source.keep.any():
             fail(f"{args.source} ({source.format}) holds no whole episode; if it marks no ends, give --episode-length")
+        settle_actions(args.source, source, args.clip_actions)
         reading = settle_rewards(args.source, source, args.rewards, args.env)
         if args.last_action:
             append_last_actions(args.source, source)

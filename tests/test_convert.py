@@ -170,7 +170,7 @@ def sequences():
     step = np.arange(22)[:, None]
     flags = {"terminals": step == 9, "truncations": (step % 5 == 4) & (step != 9)}
     flags = {name: np.repeat(np.repeat(flag[None], 2, axis=0), 2, axis=2) for name, flag in flags.items()}
-    flags["terminals"][1, :, 0] = False  # one agent's is enough
+    flags["terminals"][1, :, 0] = False  # the first agent goes on there, so the episode does
     return {**found, **flags}
 
 
@@ -189,11 +189,11 @@ def write_vault(folder):
     state = buffer.add(buffer.init(jax.tree.map(lambda x: x[0, 0], steps)), steps)
     Vault("toy.vlt", state.experience, rel_dir="tests/vault", vault_uid="Good").write(state)
     """
-    episodes = play(True, [5, 3, 5, 5, 5] * 2)
-    for number in (1, 6):  # the terminal ones have all 5 steps
-        episodes[number] = play(True, [5] * 10)[number]
-        episodes[number]["terminals"][-1], episodes[number]["timeouts"][-1] = True, False
-    return VAULT, [], ours(last_step_lost([e for number, e in enumerate(episodes) if number % 5 < 4]))
+    episodes = play(True, [5] * 10)
+    episodes[1]["terminals"][-1], episodes[1]["timeouts"][-1] = True, False
+    long = join(episodes[6:8])
+    long["timeouts"][4] = False
+    return VAULT, [], ours(last_step_lost([*episodes[:4], episodes[5], long, episodes[8]]))
 
 
 def write_vault_of_omar(folder):
@@ -314,9 +314,10 @@ def test_time_limit_and_terminal(tmp_path):
     """--episode-length tells them apart where the source does not: the vault's second episode, too, is 5 steps long."""
     flags = ["--env", "x", "--quality", "y", "--output", tmp_path / "data.npz"]
     status, stdout, _ = run(VAULT, *flags, "--episode-length", 5)
-    assert status == 0 and "left out: 4 rows at the end" in stdout and "the last step of the 8 episodes" in stdout
+    assert status == 0 and "left out: 4 rows at the end" in stdout and "the last step of the 7 episodes" in stdout
+    assert "agents ended before their team in 1 episodes" in stdout
     arrays, _ = load(tmp_path / "data.npz")
-    assert not arrays["terminals"].any() and arrays["timeouts"].sum() == 8 and len(arrays["rewards"]) == 2 * 4 * 4
+    assert not arrays["terminals"].any() and arrays["timeouts"].sum() == 7 and len(arrays["rewards"]) == 6 * 4 + 9
 
     source = write_h5(tmp_path / "episodes.h5", pymarl(play(True, [5, 3, 3, 4])))
     assert run(source, *flags, "--overwrite", "--episode-length", 3)[0] == 0
@@ -570,7 +571,8 @@ def folder_of_pickles(folder):
 
 
 def pickled_objects(folder):
-    return (only(folder, observations=np.full((3, 2, 2), None)),)
+    rows = {name: np.zeros(3) for name in ("actions", "rewards", "terminals")}
+    return (only(folder, observations=np.full((3, 2, 2), None), **rows),)
 
 
 def pickled_array(folder):
@@ -659,7 +661,7 @@ REFUSED = {
     ),
     "OMAR, prey first": (changed(write_omar, "*obs_0", lambda x: np.ones((len(x), 3))), ["[3, 2, 3]", "--agents"]),
     "OMAR, too many agents": (plus(write_omar, "--agents", 3), ["[2, 2, 3]", "--agents"]),
-    "OMAR, unequal actions": (changed(write_omar, "acs_1", lambda x: x[:, :1]), ["actions differ in size"]),
+    "OMAR, unequal actions": (changed(write_omar, "acs_1", lambda x: x[:, :1]), ["the agents' acs differ in size"]),
     "OMAR, unequal lengths": (
         changed(write_omar, "rews_0", lambda x: x[:-1]),
         ["'rews_0'", "expected equally many rows"],
@@ -668,7 +670,7 @@ REFUSED = {
     "PyMARL, terminated too late": (changed(write_pymarl_npy, "terminated", put((1, 3), 1)), ["episode 1"]),
     "PyMARL, parts of two maps": (parts_of_two_maps, ["do not fit together"]),
     "PyMARL, individual": (plus(write_pymarl_h5, "--rewards", "individual"), ["only the team's reward"]),
-    "D4RL, one agent": (no_agents_axis, ["observations are [9, 2]", "[rows, agents, numbers]"]),
+    "D4RL, one agent": (no_agents_axis, ["a row of observations is [2]", "expected [agents, numbers]"]),
     "D4RL, no end": (changed(write_d4rl_npz, "t*", np.zeros_like), ["no whole episode"]),
     "D4RL, not in order": (changed(write_d4rl_npz, "next_observations", put(11, 9)), ["observations of row 11"]),
     "D4RL, masks not in order": (
@@ -682,9 +684,12 @@ REFUSED = {
     "D4RL, team": (plus(write_d4rl_npz, "--rewards", "team"), ["rewards differ; leave out --rewards team"]),
     "D4RL, three rewards": (changed(write_d4rl_npz, "rewards", lambda x: np.ones((len(x), 3))), ["3 rewards"]),
     "nan": (changed(write_d4rl_npz, "rewards", put(3, np.nan)), ["rewards holds NaN", "individual_rewards holds NaN"]),
-    "not an index": (changed(write_d4rl_npz, "actions", lambda x: x.astype(float)), ["actions is float32 [50, 2]"]),
+    "not an index": (changed(write_d4rl_npz, "actions", lambda x: x + 0.5), ["float64 [2], expected integers if"]),
     "forbidden": (forbidden, ["action_masks forbid an action that was taken, in 1 rows"]),
-    "too far": (changed(write_omar, "acs_1", put((3, 1), 1.5)), ["actions are outside [-1, 1], in 2 rows"]),
+    "too far": (
+        changed(write_omar, "acs_1", put((3, 1), 1.5)),
+        ["actions are outside [-1, 1] in 2 rows, up to 1.5; add --clip-actions"],
+    ),
     "beyond float32": (changed(write_omar, "rews_1", put(3, 1e300)), ["individual_rewards holds NaN, infinity"]),
     "last actions of none": (
         plus(write_omar, "--episode-length", 5, "--last-action"),
