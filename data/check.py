@@ -6,6 +6,8 @@ Arrays are read in pieces, so a file may be larger than memory. Only flags, rewa
 bytes a row.
 """
 
+import bisect
+import itertools
 import math
 import sys
 import zipfile
@@ -49,15 +51,16 @@ class Rows:
     """Arrays, one after the other along their first axis, read in slices as one."""
 
     def __init__(self, *parts):
-        self.parts, self.length, self.shape = parts, sum(part.shape[0] for part in parts), parts[0].shape[1:]
+        self.parts, self.shape = parts, parts[0].shape[1:]
+        self.starts = [0, *itertools.accumulate(part.shape[0] for part in parts)]
+        self.length = self.starts[-1]
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         blocks = []
-        for part in self.parts:
-            length = part.shape[0]
-            if start < length and stop > 0:
-                blocks.append(np.asarray(part[max(start, 0) : min(stop, length)]))
-            start, stop = start - length, stop - length
+        for i in range(bisect.bisect_right(self.starts, start) - 1, bisect.bisect_left(self.starts, stop)):
+            first, last = max(start, self.starts[i]), min(stop, self.starts[i + 1])
+            if first < last:
+                blocks.append(np.asarray(self.parts[i][first - self.starts[i] : last - self.starts[i]]))
         return np.concatenate(blocks)
 
 

@@ -11,6 +11,7 @@ The format of SOURCE is recognised:
     OG-MARL    a flashbax vault, NAME.vlt, or one of the folders in it
     D4RL       an .npz or .hdf5 file with D4RL's names or ours (also older files of ours): observations, actions, ...
     OMIGA      an .hdf5 file with s, o, a, r, d
+    Minari     the folder of a dataset in HDF5, or its main_data.hdf5: a group per episode, a group or index per agent
 
 Each becomes a `Source`: rows in the order of time, some of which are transitions. Arrays are read and written in
 pieces, so a source may be larger than memory. Only flags, rewards and hashes stay in memory, some 100 bytes a row.
@@ -20,6 +21,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 import sys
 import zipfile
 from collections.abc import Iterable
@@ -52,9 +54,11 @@ from data.check import (
 )
 from data.files import fail
 
+MINARI = "main_data.hdf5"
+EPISODE, DIGITS = re.compile("episode_([0-9]+)"), re.compile("([0-9]+)")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 SYNONYMS = {  # what others call our arrays
-    "observations": ("obs",),
+    "observations": ("obs", "observation"),
     "next_observations": ("next_obs",),
     "actions": ("actions_onehot",),
     "rewards": ("reward",),
@@ -79,7 +83,9 @@ class Args:
     rewards: Literal["team", "individual"] | None = None
     last_action: bool = False  # append the last action to observations; by default for --env smac/ and smax/ only
     clip_actions: bool = False  # clip actions to [-1, 1], for policies that overshoot and environments that clip
-    agents: int | None = None  # OMAR, OG-MARL: take the first so many; by default all that observe as the first one
+    agents: int | None = (
+        None  # OMAR, OG-MARL, Minari: take the first so many; by default all that observe as the first one
+    )
     seeds: tuple[int, ...] = ()  # OMAR: the seed_k_data folders to take; by default all
     # The time limit: it ended the episodes of this length. OMAR's rows are cut there. By default 25 (OMAR), the padded
     # length - 1 (PyMARL), 1000 (OMIGA), else what the source says.
@@ -225,11 +231,11 @@ def team(source: Path, widths: list[int], args: Args, notes: list[str]) -> int:
 
 
 def read_ends(
-    source: Path, rows: Any, shape: tuple[int, int, int], notes: list[str], kept: int | None = None
+    source: Path, rows: Any, shape: tuple[int, int, int], notes: list[str], kept: int | None = None, cut: Any = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """The team's terminals and timeouts in sequences, [B, T] bool, from columns for one or `shape` [B, T, N] agents.
 
-    `dones`, if there are any, mark both alike.
+    `dones`, if there are any, mark both alike. At the rows `cut` whoever has not ended by then is stopped.
     """
     found, nothing = {}, np.zeros(shape, bool)[..., :kept]
     for name in ("terminals", "timeouts", "dones"):
@@ -240,7 +246,7 @@ def read_ends(
             found[name] = np.broadcast_to(marks.reshape(*shape[:2], -1), shape)[..., :kept]
     dones, timeouts = found.get("dones", nothing), found.get("timeouts", nothing)
     terminals = found.get("terminals", dones & ~timeouts)
-    return ends_of_team(terminals, (timeouts | dones) & ~terminals, notes)
+    return ends_of_team(terminals, (timeouts | dones | np.asarray(cut)[..., None]) & ~terminals, notes)
 
 
 def ends_of_team(terminals: np.ndarray, timeouts: np.ndarray, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -499,6 +505,105 @@ def read_omiga(source: Path, args: Args, arrays: Any) -> Source:
     return Source("OMIGA", columns, keep, last & ~timeouts, timeouts, notes)
 
 
+class Slice:
+    """Some rows of an array in an HDF5 file. There may be very many, so each is opened only to be read."""
+
+    def __init__(self, file: Any, name: str, start: int, stop: int):
+        self.file, self.name, self.start = file, name, start
+        self.shape, self.dtype = (stop - start, *file[name].shape[1:]), file[name].dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.file[self.name][self.start + rows.start : self.start + rows.stop]
+
+
+def sizes(source: Path, episode: Any) -> dict[str, int]:
+    """How many rows each array in a group has, {path: rows}."""
+    if not hasattr(episode, "visititems"):
+        fail(f"{source}: {episode.name} is an array, expected a group")
+    found: dict[str, int] = {}
+    episode.visititems(lambda path, x: found.update({path: x.shape[0]} if getattr(x, "shape", ()) else {}))
+    return found
+
+
+def minari_paths(source: Path, paths: list[str], notes: list[str]) -> dict[str, dict[str, str]]:
+    """Which array of an episode is what and whose: {our name: {agent: path}}, the agent is "" in an array of all."""
+    known = {theirs: ours for ours in LAYOUT for theirs in (ours, *SYNONYMS.get(ours, ()))}
+    found: dict[str, dict[str, str]] = {}
+    for path in paths:
+        words = path.split("/")
+        ours = next((known[word] for word in reversed(words) if word in known), "")
+        agent = "/".join(word for word in words if word not in known and word != "infos")
+        if not ours or (words[0] == "infos" and ours not in ("action_masks", "states", "individual_rewards")):
+            notes.append(f"not read: {path}")
+        else:
+            found.setdefault(ours, {})[agent] = path
+    if missing := [name for name in ("observations", "actions", "rewards", "terminals") if name not in found]:
+        fail(f"{source} lacks {', '.join(missing)}; an episode has {', '.join(paths) or 'nothing'}")
+    for ours, agents in found.items():
+        if {*agents} not in ({""}, {*found["observations"]}):
+            fail(f"{source}: {ours} are of {sorted(agents)}, but observations of {sorted(found['observations'])}")
+    return found
+
+
+def read_minari(source: Path, args: Args, file: Any) -> Source:
+    """A group per episode with L + 1 observations and L actions. Agents are groups in these, or an axis of arrays."""
+    episodes = sorted(filter(EPISODE.fullmatch, file), key=lambda name: int(name[8:]))
+    notes = [f"not read: {', '.join(unread)}"] if (unread := [name for name in file if name not in episodes]) else []
+    found = [sizes(source, file[episode]) for episode in episodes]
+    if odd := [i for i, arrays in enumerate(found) if arrays.keys() != found[0].keys()]:
+        differ = ", ".join(sorted(found[odd[0]].keys() ^ found[0].keys()))
+        fail(f"{source}: not every episode has {differ}, for example not both {episodes[0]} and {episodes[odd[0]]}")
+    paths = minari_paths(source, [*found[0]], notes)
+    steps = [arrays[next(iter(paths["actions"].values()))] for arrays in found]  # L of each episode
+    if 0 in steps:
+        fail(f"{source}: {episodes[steps.index(0)]} has no actions")
+    now: dict[str, list] = {}
+    final: dict[str, list] = {}
+    for ours, agent, path in [(name, *item) for name, agents in paths.items() for item in agents.items()]:
+        more = {arrays[path] - length for arrays, length in zip(found, steps, strict=True)}
+        fits = {1} if ours == "observations" else {0, 1} if ours in ("action_masks", "states") else {0}
+        if len(more) > 1 or not more <= fits:
+            rows = " or ".join(f"{n} rows more" for n in sorted(fits))
+            fail(f"{source}: {path} has {sorted(more)} rows more than there are actions, expected {rows}")
+        ranges = [(f"{episode}/{path}", length) for episode, length in zip(episodes, steps, strict=True)]
+        now[f"{ours} {agent}"] = [Slice(file, name, 0, length) for name, length in ranges]
+        if more == {1} and ours != "states":
+            final[f"{ours} {agent}"] = [Slice(file, name, length, length + 1) for name, length in ranges]
+    (rows, length), last = table(source, now), np.zeros(sum(steps), bool)
+    last[np.cumsum(steps) - 1] = True
+    names = sorted(paths["observations"], key=lambda name: [int(x) if x.isdigit() else x for x in DIGITS.split(name)])
+    kept = len(names)
+    if names != [""]:
+        kept = team(source, [math.prod(rows[f"observations {name}"].shape) for name in names], args, notes)
+        notes.append(f"the agents are {', '.join(names[:kept])}")
+    elif args.agents:
+        fail(f"{source} has one array for all agents; leave out --agents")
+
+    def stack(arrays: dict[str, Rows], ours: str) -> Column:
+        if "" in paths[ours]:
+            array = arrays[f"{ours} "]
+            of_each = kept < len(names) and ours != "states" and array.shape[:1] == (len(names),)
+            return (lambda a, b: array(a, b)[:, :kept]) if of_each else array
+        own = [arrays[f"{ours} {name}"] for name in names[:kept]]
+        if len({array.shape for array in own}) > 1:
+            fail(f"{source}: the agents' {ours} differ in size, expected the same size for all")
+        return lambda a, b: np.stack([array(a, b) for array in own], axis=1)
+
+    columns = {ours: stack(rows, ours) for ours in paths}
+    marks = {name: columns.pop(name) for name in ("terminals", "timeouts") if name in columns}
+    shape = (1, length, team_size(source, columns["observations"]))
+    terminals, timeouts = (x[0] for x in read_ends(source, marks, shape, notes, cut=last))
+    if (inside := (terminals | timeouts) & ~last).any():
+        fail(f"{source}: {episodes[last[: inside.argmax()].sum()]} goes on after all agents have ended")
+    if silent := int((last & ~np.any([flags(mark, length) for mark in marks.values()], axis=0)).sum()):
+        notes.append(f"read as timeouts: the {silent:,} episodes without `terminations` and `truncations`")
+    terminals, timeouts = split(terminals, timeouts, args.episode_length)
+    finals = table(source, final)[0]
+    for ours in {name.split(" ")[0] for name in finals}:
+        columns[f"final_{ours}"] = stack(finals, ours)
+    return Source("Minari", columns, np.ones(length, bool), terminals, timeouts, notes)
+
+
 def recognise(source: Path, args: Args) -> Source:
     """Recognise the format from names."""
     if not source.exists():
@@ -523,6 +628,8 @@ def read_file(source: Path, args: Args) -> Source | None:
     if source.suffix not in (".h5", ".hdf5"):
         return None
     file = need("h5py").File(source, "r")
+    if any(map(EPISODE.fullmatch, file)):
+        return read_minari(source, args, file)
     if "filled" in file:
         return read_pymarl(source, args, [file])
     if set("soard") <= set(file):
@@ -538,7 +645,11 @@ def read_folder(source: Path, args: Args) -> Source | None:
     vaults = [path.parent for path in sorted([*source.glob("manifest.ocdbt"), *source.glob("*/manifest.ocdbt")])]
     seeds = [path for path in found if path.match("seed_*_data")]
     arrays = [path for path in found if path.suffix == ".npy"]
-    if (source / "obs_0.npy").exists():
+    minari = [path for path in (source, source / "data") if (path / MINARI).exists()]
+    if minari:
+        used = [path for path in found if path.name in (MINARI, "data", "metadata.json")]
+        dataset = read_file(minari[0] / MINARI, args)
+    elif (source / "obs_0.npy").exists():
         used, dataset = arrays, read_omar(source, args, [source])
     elif seeds:
         used = [source / f"seed_{seed}_data" for seed in args.seeds] or seeds
@@ -552,9 +663,11 @@ def read_folder(source: Path, args: Args) -> Source | None:
         used, dataset = (everything if vaults[0] == source else vaults), read_vault(vaults[0], args)
     elif batches:
         used, dataset = batches, read_pymarl(source, args, [need("h5py").File(path, "r") for path in batches])
+    elif any((path / "metadata.json").exists() for path in (source, source / "data")):
+        fail(f"{source} is Minari's, but not in HDF5; write it again with data_format='hdf5'")
     else:
         return None
-    if unread := [path.name for path in everything if path not in used]:
+    if dataset and (unread := [path.name for path in everything if path not in used]):
         dataset.notes.append(f"not read in {source.name}: {', '.join(unread)}")
     return dataset
 
@@ -715,7 +828,7 @@ def convert(args: Args) -> None:
     path = files.output_file(args)
     try:
         source = recognise(args.source, args)
-        for flag, formats in {"agents": ("OMAR", "OG-MARL"), "seeds": ("OMAR",)}.items():
+        for flag, formats in {"agents": ("OMAR", "OG-MARL", "Minari"), "seeds": ("OMAR",)}.items():
             if getattr(args, flag) and source.format not in formats:
                 fail(f"--{flag} is for {' and '.join(formats)}, but {args.source} is {source.format}")
         if not source.keep.any():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_convert import load, only, play, pymarl, refused, run, write_h5
+from test_convert import LENGTHS, load, minari, only, play, pymarl, refused, run, write_h5
 
 RNG = np.random.default_rng(0)
 AGENTS = 2
@@ -327,3 +327,70 @@ def test_agents_that_only_wait(tmp_path):
     batch["avail_actions"][1, 2, 0] = np.arange(5) == batch["actions"][1, 2, 0]
     _, stdout = convert(write_h5(tmp_path / "wait.h5", batch))
     assert "doubtful: agents with one allowed action count as dead, but act again later, in 1 rows" in stdout
+
+
+# ---- Minari ----
+
+
+def without(*words):
+    return lambda arrays: [arrays.pop(path) for path in [*arrays] if any(word in path for word in words)]
+
+
+def both_end(arrays):
+    arrays["episode_4/terminations"] = at(5, 2, 4)
+
+
+def as_long_as_actions(arrays):
+    for path in [path for path in arrays if path.startswith("episode_2/observations")]:
+        arrays[path] = arrays[path][1:]
+
+
+@pytest.mark.parametrize(
+    "change, agents, words",
+    [
+        (as_long_as_actions, [], "observations has [0, 1] rows more than there are actions, expected 1 rows more"),
+        (without("rewards"), "ab", "lacks rewards; an episode has actions/a, actions/b, observations/a"),
+        (without("2/rewards"), "ab", "not every episode has rewards, for example not both episode_0 and episode_2"),
+        (without("actions/b"), "ab", "actions are of ['a'], but observations of ['a', 'b']"),
+        (both_end, [], "episode_4 goes on after all agents have ended"),
+        (lambda x: x.update({"episode_12": np.ones(3)}), [], "/episode_12 is an array, expected a group"),
+        (lambda x: x.update({"episode_1/observations/a/more": np.ones((4, 2))}), "b", "not every episode has"),
+        (lambda x: x.update({p: a[:, 0] for p, a in x.items() if "obs" in p}), [], "a row of observations is [2]"),
+        (lambda x: x.update({p: a[:, :1] for p, a in x.items() if "actions/b" in p}), "ab", "agents' actions differ"),
+        (lambda x: x.update({p: a[:0] for p, a in x.items() if "3/act" in p}), "ab", "episode_3 has no actions"),
+        (lambda x: x.update({f"episode_{e}/infos/state": np.ones((9, 2)) for e in range(12)}), "ab", "infos/state has"),
+    ],
+)
+def test_minari_refused(tmp_path, change, agents, words):
+    arrays = minari(play(False, LENGTHS), agents)
+    change(arrays)
+    assert words in refusal(write_h5(tmp_path / "main_data.hdf5", arrays))
+
+
+def test_minari_in_arrow(tmp_path):
+    (tmp_path / "toy-v0" / "data" / "0").mkdir(parents=True)
+    (tmp_path / "toy-v0" / "data" / "metadata.json").write_text("{}")
+    assert "is Minari's, but not in HDF5" in refusal(tmp_path / "toy-v0")
+
+
+def test_minari_agents(tmp_path):
+    """Prey is left out, tuples are agents, flags may be per agent; what else is in a file is named."""
+    episodes = play(False, [5, 3, 4])
+    arrays = minari(episodes, ["_index_0", "_index_1"])
+    for e, n in enumerate((5, 3, 4)):
+        for kind in ("observations", "actions"):
+            arrays[f"episode_{e}/{kind}/_index_2"] = RNG.normal(size=(n + (kind == "observations"), 3))
+        arrays[f"episode_{e}/infos/_index_0/speed"] = np.ones(n + 1)
+        arrays[f"episode_{e}/terminations"] = np.arange(n)[:, None] >= [n - 1, n - 1, 1]
+        arrays[f"episode_{e}/truncations"] = np.zeros(n, bool)
+    arrays["about"] = np.ones(2)
+    found, stdout = convert(write_h5(tmp_path / "main_data.hdf5", arrays))
+    assert found["observations"].shape == (12, 2, 2) and np.flatnonzero(found["terminals"]).tolist() == [4, 7, 11]
+    assert "left out: the agents [2], which observe [3] numbers" in stdout and "before their team" not in stdout
+    assert "not read: about" in stdout and "not read: infos/_index_0/speed" in stdout
+    found, stdout = convert(tmp_path / "main_data.hdf5", "--agents", 1)
+    assert found["actions"].shape == (12, 1, 2) and "the agents are _index_0\n" in stdout
+    for e, n in enumerate((5, 3, 4)):
+        arrays[f"episode_{e}/terminations"] = np.arange(n)[:, None] == [n - 1, 1, 0]
+    found, stdout = convert(write_h5(tmp_path / "early.h5", arrays))
+    assert np.flatnonzero(found["terminals"]).tolist() == [4, 7, 11] and "before their team in 3 episodes" in stdout

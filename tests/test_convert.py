@@ -261,6 +261,45 @@ def write_omiga(folder):
     return source, ["--episode-length", 5], ours(episodes, without=["individual_rewards"])
 
 
+def minari(episodes, agents):
+    """Groups of episodes; what the agents do is in groups of their names, or stacked."""
+    arrays = {}
+    for number, episode in enumerate(episodes):
+        seen = {}
+        for name in [name for name in ("observations", "action_masks") if name in episode]:
+            seen[name] = np.concatenate([episode[name], episode[f"next_{name}"][-1:]])
+        place, masks = f"episode_{number}", seen.get("action_masks", np.zeros((0, 2))).astype(np.int8)
+        for i, agent in enumerate(agents):
+            nested = "/observation" if len(masks) else ""
+            arrays[f"{place}/observations/{agent}{nested}"] = seen["observations"][:, i]
+            arrays[f"{place}/actions/{agent}"] = episode["actions"][:, i]
+            if len(masks):
+                arrays[f"{place}/observations/{agent}/action_mask"] = masks[:, i]
+        if not agents:
+            arrays[f"{place}/observations"], arrays[f"{place}/actions"] = seen["observations"], episode["actions"]
+            arrays[f"{place}/infos/state"] = seen["observations"].reshape(-1, 4)
+            if len(masks):
+                arrays[f"{place}/infos/action_mask"] = masks
+        arrays[f"{place}/rewards"] = episode["rewards" if agents else "individual_rewards"].astype(np.float64)
+        arrays[f"{place}/terminations"], arrays[f"{place}/truncations"] = episode["terminals"], episode["timeouts"]
+    return arrays
+
+
+def write_minari(folder):
+    """A dataset's folder; agents in groups, the second of which comes first in the alphabet; masks as PettingZoo's."""
+    episodes = play(True, LENGTHS)
+    write_h5(folder / "toy-v0" / "data" / "main_data.hdf5", minari(episodes, ["agent_2", "agent_10"]))
+    return folder / "toy-v0", [], ours(episodes, without=["individual_rewards", "states"])
+
+
+def write_minari_stacked(folder):
+    """Agents on an axis, rewards for each of them, the state in infos; an episode does not say why it ends."""
+    episodes = play(False, LENGTHS)
+    arrays = minari(episodes, [])
+    arrays["episode_0/truncations"] = np.zeros(5, bool)
+    return write_h5(folder / "main_data.hdf5", arrays), [], ours(episodes)
+
+
 FORMATS = {
     "OMAR": (write_omar, "macca_omar"),
     "PyMARL .h5": (write_pymarl_h5, "macca_cql"),
@@ -271,6 +310,8 @@ FORMATS = {
     "D4RL .hdf5": (write_d4rl_hdf5, "macca_icq"),
     "ours": (write_ours, "macca_cql"),
     "OMIGA": (write_omiga, "macca_omar"),
+    "Minari": (write_minari, "macca_icq"),
+    "Minari, stacked": (write_minari_stacked, "macca_omar"),
 }
 
 
@@ -382,7 +423,7 @@ def write_older(folder):
     return save(folder / "older.npz", arrays, json.dumps(metadata)), [], ours(episodes)
 
 
-@pytest.mark.parametrize("write", [write_older, write_pymarl_h5, write_d4rl_npz, write_vault])
+@pytest.mark.parametrize("write", [write_older, write_pymarl_h5, write_d4rl_npz, write_vault, write_minari])
 def test_last_actions(write, tmp_path, monkeypatch):
     """Battles get them by default, other tasks when asked; they are appended once."""
     source, flags, expected = write(tmp_path)
@@ -696,7 +737,7 @@ REFUSED = {
         ["no discrete actions", "add --no-last-action"],
     ),
     "seeds of a vault": (lambda folder: (VAULT, "--seeds", 1), ["--seeds is for OMAR"]),
-    "agents of PyMARL": (plus(write_pymarl_h5, "--agents", 1), ["--agents is for OMAR and OG-MARL"]),
+    "agents of PyMARL": (plus(write_pymarl_h5, "--agents", 1), ["--agents is for OMAR and OG-MARL and Minari"]),
     "no agents": (plus(write_omar, "--agents", 0), ["--agents is 0"]),
     "no length": (plus(write_omar, "--episode-length", 0), ["--episode-length is 0"]),
 }
