@@ -1,5 +1,6 @@
 """Layouts that a converter reads wrongly if it assumes a shape, a type, a name or a single agent's ends."""
 
+import fuzz_convert
 import numpy as np
 import pytest
 from test_convert import LENGTHS, load, minari, only, play, pymarl, refused, run, write_h5
@@ -394,3 +395,15 @@ def test_minari_agents(tmp_path):
         arrays[f"episode_{e}/terminations"] = np.arange(n)[:, None] == [n - 1, 1, 0]
     found, stdout = convert(write_h5(tmp_path / "early.h5", arrays))
     assert np.flatnonzero(found["terminals"]).tolist() == [4, 7, 11] and "before their team in 3 episodes" in stdout
+
+
+# ---- and what nobody thought of ----
+
+
+def test_changed_files(capsys):
+    """The short form of fuzz_convert.py."""
+    status = fuzz_convert.main(fuzz_convert.Args(cases=10))
+    stdout = capsys.readouterr().out
+    assert status == 0, stdout
+    for name in fuzz_convert.FORMATS:
+        assert f"{name}: 10 refused" not in stdout and f"{name}: 10 converted" not in stdout

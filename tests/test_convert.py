@@ -196,6 +196,24 @@ def write_vault(folder):
     return VAULT, [], ours(last_step_lost([*episodes[:4], episodes[5], long, episodes[8]]))
 
 
+def leaf(path, name, **more):
+    """An array of a vault; `more` creates it."""
+    store = {"driver": "ocdbt", "base": f"file://{path}/", "path": name}
+    spec = {"driver": "zarr", "kvstore": store, **({"create": True} if more else {"open": True})}
+    if len(more.get("shape", [])) > 1:
+        spec["metadata"] = {"chunks": [more["shape"][0], 64, *more["shape"][2:]]}
+    return tensorstore.open(spec, **more).result()
+
+
+def vault(path, arrays):
+    """Arrays [B, T, ...] as flashbax lays them out: so many steps of very many, and how many there are."""
+    steps = max(array.shape[1] for array in arrays.values() if array.ndim > 1)
+    for name, array in arrays.items():
+        shape = [array.shape[0], 10**13, *array.shape[2:]]
+        leaf(path, f"{name}.", dtype=array.dtype, shape=shape)[:, : array.shape[1]].write(array).result()
+    leaf(path, "vault_index", dtype=np.int32, shape=[1]).write(np.array([steps], np.int32)).result()
+
+
 def write_vault_of_omar(folder):
     """In flashbax's layout: one sequence per seed; our observations are padded to the width of the prey's."""
     episodes = [play(False, [5] * 4, seed) for seed in (3, 4)]
@@ -210,13 +228,7 @@ def write_vault_of_omar(folder):
     arrays = {name: np.concatenate([array, array[:, :, :1]], axis=2) for name, array in arrays.items()}
     arrays["observations"] = np.pad(arrays["observations"], [(0, 0)] * 3 + [(0, 1)], constant_values=-np.inf)
     arrays["observations"][:, :, 2] = 3
-    store = {"driver": "ocdbt", "base": f"file://{folder}/spread.vlt/Expert/"}
-    for name, array in {**{f"{name}.": array for name, array in arrays.items()}, "vault_index": np.array(20)}.items():
-        shape = [2, 10**13, *array.shape[2:]] if array.ndim else []
-        spec = {"driver": "zarr", "kvstore": {**store, "path": name}, "create": True}
-        spec["metadata"] = {"chunks": [2, 64, *array.shape[2:]] if array.ndim else []}
-        target = tensorstore.open(spec, dtype=array.dtype, shape=shape).result()
-        (target[:, :20] if array.ndim else target).write(array).result()
+    vault(folder / "spread.vlt" / "Expert", arrays)
     return folder / "spread.vlt" / "Expert", [], ours(last_step_lost([*episodes[0], *episodes[1]]), without=["states"])
 
 
