@@ -18,7 +18,6 @@ pieces, so a source may be larger than memory. Only flags, rewards and hashes st
 """
 
 import hashlib
-import importlib
 import json
 import math
 import re
@@ -52,7 +51,7 @@ from data.check import (
     pieces,
     previous,
 )
-from data.files import fail
+from data.files import fail, need
 
 MINARI = "main_data.hdf5"
 EPISODE, DIGITS = re.compile("episode_([0-9]+)"), re.compile("([0-9]+)")
@@ -131,13 +130,6 @@ class Source:
         counts = stay.astype(np.uint8)
         counts[1:] += (rows & ~stay)[:-1]
         return counts
-
-
-def need(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        fail(f"this format needs the package {package}, which is not installed; pip install {package}")
 
 
 # ---- names and shapes ----

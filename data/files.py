@@ -6,6 +6,7 @@ It needs NumPy only, so recording battles loads no torch and recording particle 
 import contextlib
 import csv
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,13 @@ def fail(message: str) -> NoReturn:
     """A mistake of the user's: one sentence, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def need(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f"this format needs the package {package}, which is not installed; pip install {package}")
 
 
 def run(main: Callable[[], None]) -> None:
