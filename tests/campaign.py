@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -41,6 +42,7 @@ import tyro
 from torch.utils import tensorboard  # noqa: F401  the scripts import it
 
 tqdm.tqdm.monitor_interval = 0  # a thread, which forks do not survive
+tqdm.tqdm.set_lock(threading.RLock())  # by default one for all processes, which a killed one would keep
 torch.optim.Adam([torch.zeros(1)])  # imports the greater part of torch
 sys.path.insert(0, str(toy.ROOT))
 
