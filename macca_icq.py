@@ -108,9 +108,9 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
         first, infos = env.reset(seed=seed)
         masks = {a: np.int8(x["action_mask"]) for a, x in infos.items() if "action_mask" in x}
         actions = {a: env.action_space(a).sample(masks.get(a)) for a in env.agents}
-        second, *others, _ = env.step(actions)
+        second, rewards, terminations, truncations, _ = env.step(actions)
         seen = {np.shape(x) for x in (*first.values(), *second.values())}
-        strangers = {a for part in (first, second, *others) for a in part} - {*env.possible_agents}
+        strangers = {*second, *rewards, *terminations, *truncations} - {*env.possible_agents}
     except Exception as error:  # whatever somebody else's code may raise
         require(False, f"--env {name} is no working parallel environment: {error!r}")
     require(seen == {shape}, f"--env {name} observes {seen} in a space of {shape}")
@@ -148,12 +148,12 @@ def evaluate(env, nets: "Networks", metadata: dict, episodes: int, seed: int) ->
 
 def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
     """Tensors [T, ...] and metadata. `data/convert.py --check FILE` names every fault of a file."""
-    require(path.is_file(), f"the dataset {path} does not exist; data/collect_*.py record it")
+    require(path.is_file(), f"the dataset {path} does not exist; record it (data/collect_*.py) or convert it")
     require(zipfile.is_zipfile(path) and path.open("rb").read(2) == b"PK", f"{path} is no whole .npz file")
     file, data = np.load(path, allow_pickle=False), {}
     metadata = dict(json.loads(str(file["metadata"])))
-    recorded = metadata.get("env", args.env)
-    require(recorded == args.env, f"{path} was recorded in {recorded}, but --env is {args.env}")
+    fits = metadata.get("env", args.env) == args.env
+    require(fits, f"{path} was recorded in {metadata.get('env')}, but --env is {args.env}")
 
     def take(name: str, kind: str, *shape: int) -> np.ndarray:
         require(name in file, f"{path} lacks {name} (see data/README.md)")
@@ -464,7 +464,7 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     path, script = run / "checkpoint.pt", Path(__file__).name
     content = path.read_bytes() if path.is_file() else b""
     whole = content and hashlib.sha256(content[:-32]).digest() == content[-32:]
-    require(whole, f"{run} has no whole checkpoint; start again without --resume")
+    require(whole, f"{run} has no whole checkpoint; give a run folder, or start again without --resume")
     checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     same = checkpoint["script"] == script and checkpoint["args"].keys() == vars(Args()).keys()
     require(same, f"{run} is a run of {checkpoint['script']}, or of another version")
@@ -478,8 +478,8 @@ if __name__ == "__main__":
         checkpoint = load_checkpoint(run)
         stored = Args(**{**checkpoint["args"], "resume": args.resume, "cuda": args.cuda})
         args = tyro.cli(Args, default=stored)
-        given = [name for name, value in vars(args).items() if value != getattr(stored, name)]
-        require({*given} <= {"total_iterations"}, f"--resume keeps the run's arguments; leave out {given}")
+        given = [n for n, x in vars(args).items() if n != "total_iterations" and x != getattr(stored, n)]
+        require(not given, f"--resume keeps the run's arguments; leave out {', '.join(given)}")
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (int(type(value) is int), 1e9))  # integers from 1
         fits = type(value) not in (int, float) or low <= value <= high
