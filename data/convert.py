@@ -82,9 +82,7 @@ class Args:
     rewards: Literal["team", "individual"] | None = None
     last_action: bool = False  # append the last action to observations; by default for --env smac/ and smax/ only
     clip_actions: bool = False  # clip actions to [-1, 1], for policies that overshoot and environments that clip
-    agents: int | None = (
-        None  # OMAR, OG-MARL, Minari: take the first so many; by default all that observe as the first one
-    )
+    agents: int | None = None  # OMAR, OG-MARL, Minari: the first so many; by default all that observe as the first one
     seeds: tuple[int, ...] = ()  # OMAR: the seed_k_data folders to take; by default all
     # The time limit: it ended the episodes of this length. OMAR's rows are cut there. By default 25 (OMAR), the padded
     # length - 1 (PyMARL), 1000 (OMIGA), else what the source says.
@@ -177,13 +175,14 @@ def team_size(source: Path, observations: Column) -> int:
     return shape[0]
 
 
-def zero_or_one(source: Path, name: str, column: Column, length: int) -> np.ndarray:
-    """[R, ...] bool of flags that may be stored as numbers."""
+def zero_or_one(source: Path, name: str, column: Column, length: int, every: bool = False) -> np.ndarray:
+    """[R, ...] bool of flags that may be stored as numbers; if `every`, [R], whether all of a row are true."""
 
     def read(x: np.ndarray):
         if not ((x == 0) | (x == 1)).all():
             fail(f"{source}: {name} holds {x[(x != 0) & (x != 1)][0]:g}, expected 0 or 1")
-        return x.reshape(len(x), -1) != 0
+        found = x.reshape(len(x), -1) != 0
+        return found.all(axis=1) if every else found
 
     return each_row(read, length, column)
 
@@ -220,6 +219,11 @@ def team(source: Path, widths: list[int], args: Args, notes: list[str]) -> int:
     if kept < len(widths):
         notes.append(f"left out: the agents {list(range(kept, len(widths)))}, which observe {widths[kept:]} numbers")
     return kept
+
+
+def of_first(column: Column, agents: int, kept: int) -> Column:
+    """What a column of all agents holds for the first so many."""
+    return column if column(0, 1).shape[1:2] != (agents,) else lambda a, b: column(a, b)[:, :kept]
 
 
 def read_ends(
@@ -405,7 +409,6 @@ def read_pymarl(source: Path, args: Args, parts: list) -> Source:
     timeouts = last & (~terminals | (row == limit - 1))
     reason = f"of {limit} steps or without `terminated`" if limit else "without `terminated`"
     notes.append(f"read as timeouts: the {timeouts.sum():,} episodes {reason}")
-    columns = {name: column for name, column in columns.items() if name not in ("terminals", "timeouts", "dones")}
     if not after:
         return without_final("PyMARL", columns, filled, last & ~timeouts, timeouts, notes)
     return Source("PyMARL", columns, (behind > 0).ravel(), (last & ~timeouts).ravel(), timeouts.ravel(), notes)
@@ -437,14 +440,7 @@ def read_vault(source: Path, args: Args) -> Source:
     ends = [split(terminals, timeouts, args.episode_length) for terminals, timeouts in marks]
     terminals, timeouts = map(np.stack, zip(*ends, strict=True))
 
-    def ours(name: str) -> Column:
-        def read(a: int, b: int) -> np.ndarray:
-            x = rows[name](a, b)
-            return x[:, :kept] if x.ndim > 1 and x.shape[1] == agents and name != "states" else x
-
-        return read
-
-    columns = {name: ours(name) for name in rows if name not in ("terminals", "timeouts", "dones")}
+    columns = {name: column if name == "states" else of_first(column, agents, kept) for name, column in rows.items()}
     columns["observations"] = lambda a, b: rows["observations"](a, b)[:, :kept, : widths[0]]
     whole = whole_episodes(terminals | timeouts, notes)
     return without_final("OG-MARL", columns, whole, terminals, timeouts, notes)
@@ -463,7 +459,6 @@ def read_d4rl(source: Path, args: Args, arrays: Any, present: list[str]) -> Sour
         timeouts = np.arange(1, length + 1) % args.episode_length == 0
     terminals, timeouts = split(terminals, timeouts, args.episode_length)
     columns: dict[str, Column] = {**rows, **finals}
-    columns = {name: column for name, column in columns.items() if name not in ("terminals", "timeouts", "dones")}
     whole = whole_episodes((terminals | timeouts)[None], notes)
     if "next_observations" not in columns and "final_observations" not in columns:
         return without_final("D4RL", columns, whole, terminals[None], timeouts[None], notes)
@@ -495,6 +490,14 @@ def read_omiga(source: Path, args: Args, arrays: Any) -> Source:
         columns["states"] = lambda a, b: states(a, b)[:, 0]
     keep = whole_episodes(final[None], notes)[0] & ~final
     return Source("OMIGA", columns, keep, last & ~timeouts, timeouts, notes)
+
+
+def open_hdf5(path: Path) -> Any:
+    path.open("rb").close()  # a file that nobody may read is another matter
+    try:
+        return need("h5py").File(path, "r")
+    except OSError:
+        fail(f"{path} is not an HDF5 file, or only the beginning of one")
 
 
 class Slice:
@@ -574,8 +577,7 @@ def read_minari(source: Path, args: Args, file: Any) -> Source:
     def stack(arrays: dict[str, Rows], ours: str) -> Column:
         if "" in paths[ours]:
             array = arrays[f"{ours} "]
-            of_each = kept < len(names) and ours != "states" and array.shape[:1] == (len(names),)
-            return (lambda a, b: array(a, b)[:, :kept]) if of_each else array
+            return array if ours == "states" else of_first(array, len(names), kept)
         own = [arrays[f"{ours} {name}"] for name in names[:kept]]
         if len({array.shape for array in own}) > 1:
             fail(f"{source}: the agents' {ours} differ in size, expected the same size for all")
@@ -619,7 +621,7 @@ def read_file(source: Path, args: Args) -> Source | None:
         return dataset
     if source.suffix not in (".h5", ".hdf5"):
         return None
-    file = need("h5py").File(source, "r")
+    file = open_hdf5(source)
     if any(map(EPISODE.fullmatch, file)):
         return read_minari(source, args, file)
     if "filled" in file:
@@ -654,7 +656,7 @@ def read_folder(source: Path, args: Args) -> Source | None:
     elif vaults:
         used, dataset = (everything if vaults[0] == source else vaults), read_vault(vaults[0], args)
     elif batches:
-        used, dataset = batches, read_pymarl(source, args, [need("h5py").File(path, "r") for path in batches])
+        used, dataset = batches, read_pymarl(source, args, [open_hdf5(path) for path in batches])
     elif any((path / "metadata.json").exists() for path in (source, source / "data")):
         fail(f"{source} is Minari's, but not in HDF5; write it again with data_format='hdf5'")
     else:
@@ -673,7 +675,7 @@ def settle_masks(path: Path, source: Source) -> tuple[int, bool]:
         shape = mask(0, 1).shape[1:]
         if len(shape) != 2 or shape[0] != source.agents:
             fail(f"{path}: a row of {name} is {list(shape)}, expected [{source.agents} agents, actions]")
-        width, allowed = shape[1], zero_or_one(path, name, mask, len(used))
+        width, allowed = shape[1], zero_or_one(path, name, mask, len(used), every=True)
         everything = everything and bool(allowed[used].all())
         columns[name] = lambda a, b, mask=mask: mask(a, b) != 0
     unknown = not {"next_action_masks", "final_action_masks"} & columns.keys()

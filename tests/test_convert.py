@@ -660,6 +660,13 @@ def parts_of_two_maps(folder):
     return (folder / "parts",)
 
 
+def a_broken_part(folder):
+    for part in range(2):
+        source = write_h5(folder / "parts" / f"part_{part}.h5", pymarl(play(True, [5])))
+    source.write_bytes(source.read_bytes()[:3000])
+    return (folder / "parts",)
+
+
 def no_agents_axis(folder):
     return (
         only(folder, observations=np.zeros((9, 2)), **{n: np.zeros(9) for n in ("actions", "rewards", "terminals")}),
@@ -692,10 +699,10 @@ REFUSED = {
     "pickled objects": (pickled_objects, ["observations holds pickled objects"]),
     "pickled array": (pickled_array, ["buffer could not be converted", "Python objects"]),
     "no .npy": (changed_bytes("obs.npy", b"nonsense"), ["buffer could not be converted", "magic string"]),
-    "text called .h5": (text("data.h5", "not data"), ["data.h5 could not be converted"]),
+    "text called .h5": (text("data.h5", "not data"), ["data.h5 is not an HDF5 file"]),
     "text called .npz": (text("source.npz", "not data"), ["source.npz could not be converted: it is not an .npz file"]),
     "a group": (group, ["observations is a group, expected an array"]),
-    "cut short": (cut_short, ["d4rl.hdf5 could not be converted"]),
+    "cut short": (cut_short, ["d4rl.hdf5 is not an HDF5 file, or only the beginning of one"]),
     "damaged": (damaged, ["d4rl.npz could not be converted"]),
     "several vaults": (several_vaults, ["several datasets", "Good, Poor"]),
     "no rows": (changed(write_d4rl_npz, "*", lambda x: x[:0]), ["'observations': 0", "expected equally many rows"]),
@@ -722,6 +729,7 @@ REFUSED = {
     "PyMARL, a hole": (changed(write_pymarl_npy, "filled", put((2, 1), 0)), ["episode 2", "filled"]),
     "PyMARL, terminated too late": (changed(write_pymarl_npy, "terminated", put((1, 3), 1)), ["episode 1"]),
     "PyMARL, parts of two maps": (parts_of_two_maps, ["do not fit together"]),
+    "PyMARL, a broken part": (a_broken_part, ["part_1.h5 is not an HDF5 file, or only the beginning of one"]),
     "PyMARL, individual": (plus(write_pymarl_h5, "--rewards", "individual"), ["only the team's reward"]),
     "D4RL, one agent": (no_agents_axis, ["a row of observations is [2]", "expected [agents, numbers]"]),
     "D4RL, no end": (changed(write_d4rl_npz, "t*", np.zeros_like), ["no whole episode"]),
