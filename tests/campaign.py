@@ -1,6 +1,6 @@
 """Kill runs, break datasets and run folders, and see that the scripts keep what they promise.
 
-    python tests/campaign.py                                       # a quarter of an hour on one core
+    python tests/campaign.py                                       # some minutes on one core
     python tests/campaign.py --kills 2 --datasets 0 --runs 0       # killed runs only
 
 Killed runs: SIGKILL at random moments and at every line that writes, also twice, and the signals that ask to stop.
