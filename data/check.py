@@ -287,8 +287,14 @@ def examine(arrays: dict[str, Member], metadata: dict, report: Report) -> None:
             if (final := good.get(f"final_{name}")) and final.length != ends.sum():
                 wrong.append(f"final_{name} has {final.length:,} rows, but {ends.sum():,} episodes end")
             if {name, f"next_{name}"} <= good.keys():
-                if rows := int((breaks(good[f"next_{name}"], good[name], steps) & ~ends).sum()):
+                broken = breaks(good[f"next_{name}"], good[name], steps)
+                if rows := int((broken & ~ends).sum()):
                     wrong.append(f"next_{name} inside an episode are not the next row's {name}, in {rows:,} rows")
+                shifted = (timeouts & ~broken)[:-1]
+                if name == "observations" and shifted.sum() > 1 and (shifted == timeouts[:-1]).all():
+                    doubtful.append(
+                        f"next_observations after a time limit are another episode's, in {shifted.sum():,} rows"
+                    )
         if "action_masks" in good:
             alive = each_row(lambda mask: mask.sum(axis=2) > 1, steps, good["action_masks"])  # [T, N]
             if back := int((alive[1:] & ~alive[:-1] & ~ends[:-1, None]).any(axis=1).sum()):

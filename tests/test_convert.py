@@ -1004,6 +1004,11 @@ FOUND = {
     "both": ("continuous", replace("terminals", put(4, True)), ["terminals and timeouts are both true, in 1 rows"]),
     "ends": ("continuous", replace("final_observations", lambda x: x[1:]), ["has 7 rows, but 8 episodes end"]),
     "next": ("next", replace("next_observations", put(6, 0.5)), ["next_observations inside an episode", "in 1 rows"]),
+    "rolled": (
+        "next",
+        lambda arrays, metadata: arrays.update(next_observations=np.roll(arrays["observations"], -1, axis=0)),
+        ["doubtful: next_observations after a time limit are another episode's"],
+    ),
     "next mask": ("next", replace("next_action_masks", put(6, True)), ["next_action_masks inside an episode", "in 1"]),
     "no next mask": ("next", drop("next_action_masks"), ["final_action_masks is missing (or next_action_masks)"]),
     "no final mask": ("discrete", drop("final_action_masks"), ["final_action_masks is missing"]),
