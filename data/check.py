@@ -216,7 +216,7 @@ def sound(arrays: dict[str, Member], wrong: list[str]) -> tuple[dict[str, Rows],
         sizes[axis] = max(found, key=found.count, default=0)
 
     def unusable(x: np.ndarray):
-        return (~(np.abs(x.astype(np.float32)) < 1e9)).reshape(len(x), -1).any(axis=1)
+        return (~(np.abs(x) < np.float32(1e9))).reshape(len(x), -1).any(axis=1)
 
     good: dict[str, Rows] = {}
     for name, (kind, axes) in layout.items():
