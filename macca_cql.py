@@ -1,8 +1,8 @@
 """MACCA-CQL: offline multi-agent RL from a team reward, split by a causal model, learned by CQL.
 
-    python macca_cql.py --env mpe/simple_spread --dataset expert
+    python macca_cql.py --env mpe/simple_spread --dataset expert  # CQL: https://arxiv.org/abs/2006.04779
 
-MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers), CQL: https://arxiv.org/abs/2006.04779.
+MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers are its).
 Read `update` first: it is the paper's Algorithm 1. Each agent has its own actor and twin critics, all
 computed at once, so weights and activations begin with the agent's dimension. Shapes: N agents,
 T transitions, B batch, O observation, A action, S joint state, K candidate actions.

@@ -1,8 +1,8 @@
 """MACCA-ICQ: offline multi-agent RL from a team reward, split by a causal model, learned by ICQ.
 
-    python macca_icq.py --env mpe/simple_spread --dataset expert
+    python macca_icq.py --env mpe/simple_spread --dataset expert  # ICQ: https://arxiv.org/abs/2106.03400
 
-MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers), ICQ: https://arxiv.org/abs/2106.03400.
+MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers are its).
 Read `update` first: it is the paper's Algorithm 1. Each agent has its own actor and twin critics, all
 computed at once, so weights and activations begin with the agent's dimension. Shapes: N agents,
 T transitions, B batch, O observation, A action, S joint state, K candidate actions.

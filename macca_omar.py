@@ -1,8 +1,8 @@
 """MACCA-OMAR: offline multi-agent RL from a team reward, split by a causal model, learned by OMAR.
 
-    python macca_omar.py --env mpe/simple_spread --dataset expert
+    python macca_omar.py --env mpe/simple_spread --dataset expert  # OMAR: https://arxiv.org/abs/2111.11188
 
-MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers), OMAR: https://arxiv.org/abs/2111.11188.
+MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers are its).
 Read `update` first: it is the paper's Algorithm 1. Each agent has its own actor and twin critics, all
 computed at once, so weights and activations begin with the agent's dimension. Shapes: N agents,
 T transitions, B batch, O observation, A action, S joint state, K candidate actions.
