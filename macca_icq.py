@@ -47,7 +47,7 @@ class Args:
     env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
     credit: Literal["macca", "team", "uniform", "truth"] = "macca"  # share, R, R / N, recorded
-    standardize_rewards: bool = True  # over the minibatch
+    standardize_rewards: bool = True  # each agent's, over the minibatch
     seed: int = 1  # of weights, minibatches and evaluation episodes
     cuda: bool = torch.cuda.is_available()  # train on the GPU
     total_iterations: int = 3_000  # each one update of everything
@@ -57,17 +57,17 @@ class Args:
     hidden_dim: int = 64  # width of the two hidden layers
     layer_norm: bool = True  # in the critics
     target_rate: float = 0.01  # Polyak step of the targets
-    max_grad_norm: float = 0.5  # per agent
+    max_grad_norm: float = 0.5  # gradient clipping, per agent
     eval_interval: int = 1_000  # between evaluations and checkpoints
     eval_episodes: int = 32  # of an evaluation during training
     final_episodes: int = 100  # of the last evaluation
     resume: str = ""  # run folder to continue, or to evaluate if finished
     # Causal model (--credit macca)
-    graph: Literal["dynamic", "fixed", "full"] = "dynamic"  # masks of (s, a), constant, none
+    graph: Literal["dynamic", "fixed", "full"] = "dynamic"  # masks from (s, a), constant, or none
     lambda1: float = 7e-3  # L1 penalty on state edges (Eq. 5)
     lambda2: float = 7e-3  # L1 penalty on action edges (Eq. 5)
     anchor: float = 5.0  # price of edges from other agents' dimensions; paper: 1
-    own_share: float = 0.01  # own: what others leave unexplained to this share
+    own_share: float = 0.01  # a dimension is own if the others leave this share of it unexplained
     h: float = 0.1  # less probable edges do not count in the credit (Eq. 6)
     causal_learning_rate: float = 1e-3  # of the reward predictor
     causal_target: Literal["team", "truth"] = "team"  # fit the sum, or each reward
@@ -102,7 +102,7 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
         vector, box = shape and len(shape) == 1, isinstance(space, Box) and len(space.shape) == 1
         box = box and (space.low == -1).all() and (space.high == 1).all()
         discrete = isinstance(space, Discrete) and space.start == 0
-        require(len({*map(str, spaces)}) == 1, f"--env {name} has agents of different spaces")
+        require(len({*map(str, spaces)}) == 1, f"--env {name} has agents of different spaces, expected equal ones")
         require(box or discrete, f"--env {name} acts in {space}, not Box(-1, 1, (A,)) or Discrete")
         require(vector, f"--env {name} observes no vectors; masks belong in its infos")
         first, infos = env.reset(seed=seed)
@@ -113,8 +113,8 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
         strangers = {*second, *rewards, *terminations, *truncations} - {*env.possible_agents}
     except Exception as error:  # whatever somebody else's code may raise
         require(False, f"--env {name} is no working parallel environment: {error!r}")
-    require(seen == {shape}, f"--env {name} observes {seen} in a space of {shape}")
-    require(not strangers, f"--env {name} names {strangers}, no possible_agents")
+    require(seen == {shape}, f"--env {name} observes shapes {seen}, expected {shape} as in its space")
+    require(not strangers, f"--env {name} names {strangers}, expected only its possible_agents")
     return env, bool(masks)
 
 
