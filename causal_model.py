@@ -1,6 +1,6 @@
 # Paper: MACCA: Offline Multi-agent Reinforcement Learning with Causal Credit Assignment,
 #        https://openreview.net/forum?id=gwUOzI4DuV (Section 4; equation numbers below are the paper's)
-"""The causal model of MACCA: which state and action dimensions cause which agent's reward, and how much each earned.
+"""The causal model of MACCA: which state and action dimensions cause which agent's reward, and how much each caused.
 
 The team reward is taken to be a sum of individual rewards that nobody recorded, each a function of a few dimensions of
 the joint state and joint action (Eq. 2). Two networks are fitted to the team reward alone:
@@ -9,232 +9,212 @@ the joint state and joint action (Eq. 2). Two networks are fitted to the team re
     reward predictor     psi_r(c^i * (s, a), i) -> the individual reward of agent i                   (Eq. 2)
 
     loss    (R - sum_i psi_r(c^i * (s, a), i))^2 + lambda1 * ||c^{s->r}||_1 + lambda2 * ||c^{a->r}||_1  (Eq. 4, 5)
-    credit  r_hat^i = psi_r(1[c^i >= h] * (s, a), i)                                                  (Eq. 6)
+    credit  Shapley: agent i's Shapley value in the learned sum R_hat = sum_i psi_r(1[c^i >= h] * (s, a), i)
+            slots:   r_hat^i = psi_r(1[c^i >= h] * (s, a), i)                                           (Eq. 6)
 
-A sum does not say whose its parts are, so two conventions decide. *Own things to the owner*: an edge from a dimension
-that is not the agent's own costs `anchor` times more. *What cannot be attributed, evenly*: beside the agents' slots
-i = 1..N the sum has a common one, whose value all agents share alike; there, dimensions that are nobody's own are the
-cheap ones. The file knows nothing of any policy: whatever learns from rewards can use it.
+The loss determines the sum R_hat, but not whose its parts are. Eq. 6 is right where every part depends on one agent.
+The Shapley value asks the sum: by how much does R_hat change when agent i's own variables and action take the place of
+a reference's, on average over who else is there already? It also splits what several agents cause together.
 
-    model = CausalModel(num_agents=3, state_dim=54, action_dim=2, state_owner=owners(observations))
-    model.fit_statistics(states, team_rewards)                      # once, from the dataset
+    model = CausalModel(num_agents=3, state_dim=18, action_dim=2, state_owner=[0] * 4 + [1] * 4 + [2] * 4 + [-1] * 6)
+    model.fit_statistics(states, actions, team_rewards)             # once, from the dataset
     optimizer = torch.optim.Adam(model.parameter_groups())
     loss, _ = model.loss(state, action, team_reward)                # Algorithm 1, line 5, then as with any loss:
-    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    optimizer.zero_grad(); loss.backward(); optimizer.step(); model.project()
     rewards = model.assign(state, action, team_reward)              # [batch, num_agents], Algorithm 1, line 4
 """
 
+import itertools
+import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 
-def owners(observations: Tensor, own_share: float = 0.01) -> list[int]:
-    """Whose own each dimension of the joint state is, where that is the agents' observations [T, N, O] side by side.
+def coalitions(num_agents: int) -> tuple[Tensor, Tensor]:
+    """The C coalitions S whose values v(S) are needed, [C, N] bool, and weights [N, C]: Shapley's phi = weights @ v.
 
-    A dimension is the observer's own unless it is constant or the others' observations determine it (linearly, but for
-    `own_share` of its variance): a reward that depends on it is then as well a function of what the others see. With
-    an `own_share` of 0 whatever an agent observes is its own: for tasks in which its reward depends on where it is
-    itself, and on nobody else. The team reward alone cannot say which of the two is meant.
-    Returns N * O agent numbers, -1 for nobody's.
+    phi_i is the mean over orders of the agents of v(those before i, and i) - v(those before i): all orders of up to
+    four agents, of more two random ones and their reverses. Other orders for each transition would be reward noise.
     """
-    x = observations[:: len(observations) // 5000 + 1].double().cpu()
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)  # a constant becomes 0
-    owner = []
-    for agent in range(x.shape[1]):
-        own, others = x[:, agent], torch.cat([x[:, :agent], x[:, agent + 1 :]], dim=1).flatten(1)
-        gram = others.T @ others / len(x) + 1e-6 * torch.eye(others.shape[1])
-        unexplained = own - others @ torch.linalg.solve(gram, others.T @ own / len(x))
-        owner += [agent if share > own_share else -1 for share in unexplained.square().mean(0).tolist()]
-    return owner
+    g = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(num_agents, generator=g).tolist() for _ in range(2)]
+    orders += [order[::-1] for order in orders]
+    orders = [list(x) for x in itertools.permutations(range(num_agents))] if num_agents < 5 else orders
+    sets = sorted({tuple(sorted(order[:size])) for order in orders for size in range(num_agents + 1)})
+    members, weights = torch.zeros(len(sets), num_agents, dtype=torch.bool), torch.zeros(num_agents, len(sets))
+    for number, coalition in enumerate(sets):
+        members[number, list(coalition)] = True
+    for order, size in itertools.product(orders, range(num_agents)):
+        before, after = (sets.index(tuple(sorted(order[:k]))) for k in (size, size + 1))
+        weights[order[size], before] -= 1 / len(orders)
+        weights[order[size], after] += 1 / len(orders)
+    return members, weights
 
 
 class CausalModel(nn.Module):
     """Splits a team reward among agents by a learned causal graph.
 
     Shapes: B batch, N agents, S state_dim (joint), A action_dim (of one agent; one-hot for discrete actions),
-    D = S + N * A, the number of possible parents of a reward. Of N + 1 slots the last is the common one.
+    D = S + N * A, the number of possible parents of a reward, K references.
 
     Args:
-        graph: `dynamic` masks depend on the state and action (Eq. 3), `fixed` is one learned mask per slot, `full` is
-            all ones (no structure, no penalty).
-        state_owner: for each state dimension the agent whose own it is, or -1 for nobody's; None: all nobody's.
-        anchor: the L1 penalty of an edge between an agent's slot and a dimension that is not its own, or between the
-            common slot and one that is somebody's own, as a multiple of an own edge's; an edge between the common slot
-            and what is nobody's own costs the anchor-th part. 1: all edges cost alike, as in the paper.
+        state_owner: for each state dimension the agent whose own it is, or -1 for nobody's.
+        share: `shapley`, or `slots` for Eq. 6.
+        graph: `dynamic` masks depend on (s, a) (Eq. 3), `fixed` is one learned mask per agent, `full` is all ones.
+        anchor: the price of an edge from another agent's dimension, as a multiple of the others'; in the paper 1.
         lambda1, lambda2: L1 penalties on state and action edges (Eq. 5).
         h: an edge counts at assignment when its probability is at least h (Eq. 6).
-        hidden_dim: width of the three hidden layers of the reward predictor (Appendix F.2).
+        references: K, rows of the dataset that stand for the agents that are not in a coalition.
+        hidden_dim: of the reward predictor's three hidden layers.
     """
-
-    edge_price: Tensor
-    slot_id: Tensor
-    state_mean: Tensor
-    state_std: Tensor
-    reward_mean: Tensor
-    reward_std: Tensor
-    slot_mean: Tensor
-    unexplained: Tensor
 
     def __init__(
         self,
         num_agents: int,
         state_dim: int,
         action_dim: int,
+        state_owner: Sequence[int],
+        share: Literal["shapley", "slots"] = "shapley",
         graph: Literal["dynamic", "fixed", "full"] = "dynamic",
-        state_owner: Sequence[int] | None = None,
         anchor: float = 5.0,
-        lambda1: float = 7e-3,
-        lambda2: float = 7e-3,
+        lambda1: float = 3e-3,
+        lambda2: float = 3e-3,
         h: float = 0.1,
-        hidden_dim: int = 256,
+        references: int = 8,
+        hidden_dim: int = 64,
     ):
         super().__init__()
-        if graph not in ("dynamic", "fixed", "full"):
-            raise ValueError(f"graph is {graph!r}, expected 'dynamic', 'fixed' or 'full'")
-        named = state_owner is None or {*state_owner} <= {*range(-1, num_agents)}
-        if not named or (state_owner is not None and len(state_owner) != state_dim):
+        if graph not in ("dynamic", "fixed", "full") or share not in ("shapley", "slots"):
+            raise ValueError(f"graph is {graph!r} and share {share!r}, expected those of the docstring")
+        if len(state_owner) != state_dim or not {*state_owner} <= {*range(-1, num_agents)}:
             raise ValueError(f"state_owner must name {state_dim} agents below {num_agents}, or -1 for nobody")
-        self.num_agents, self.state_dim, self.graph, self.h = num_agents, state_dim, graph, h
-        num_parents, slots = state_dim + num_agents * action_dim, num_agents + 1
+        self.num_agents, self.state_dim, self.share, self.graph, self.h = num_agents, state_dim, share, graph, h
+        num_parents = state_dim + num_agents * action_dim
 
-        # The price of each edge: [N + 1, D]. The common slot (number -1, like nobody) owns what is nobody's own.
-        owner = torch.full((state_dim,), -1) if state_owner is None else torch.as_tensor(state_owner)
-        owner = torch.cat([owner, torch.arange(num_agents).repeat_interleave(action_dim)])
-        slot = torch.cat([torch.arange(num_agents), torch.tensor([-1])])[:, None]
-        factor = torch.where(slot == owner, 1.0, anchor)
-        factor[-1, owner == -1] = 1 / anchor
+        # The price of each edge: [N, D]
+        owner = torch.cat([torch.as_tensor(state_owner), torch.arange(num_agents).repeat_interleave(action_dim)])
+        foreign = (owner >= 0) & (owner != torch.arange(num_agents)[:, None])
         price = torch.where(torch.arange(num_parents) < state_dim, lambda1, lambda2)
-        self.register_buffer("edge_price", price * factor, persistent=False)
-        self.register_buffer("slot_id", torch.eye(slots), persistent=False)
+        self.edge_price = nn.Buffer(price * torch.where(foreign, anchor, 1.0), persistent=False)
+        members, weights = coalitions(num_agents)
+        # Which parents a coalition takes from the row itself, its members' own and nobody's: [C, D]
+        self.kept = nn.Buffer((owner < 0) | members[:, owner], persistent=False)
+        self.weights = nn.Buffer(weights, persistent=False)
 
-        # Statistics, stored with the weights: the model means nothing without its units.
-        self.register_buffer("state_mean", torch.zeros(state_dim))
-        self.register_buffer("state_std", torch.ones(state_dim))
-        self.register_buffer("reward_mean", torch.zeros(()))
-        self.register_buffer("reward_std", torch.ones(()))
-        self.register_buffer("slot_mean", torch.zeros(slots))  # running mean of each slot's prediction
-        self.register_buffer("unexplained", torch.ones(()))  # running share of the team reward's variance, 1 at most
+        # Statistics and references, stored with the weights: the model means nothing without them.
+        self.state_mean, self.state_std = nn.Buffer(torch.zeros(state_dim)), nn.Buffer(torch.ones(state_dim))
+        self.reward_mean, self.reward_std = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
+        self.references = nn.Buffer(torch.zeros(references, num_parents))
 
         # psi_g. A free network for the gates collapses, so an edge's logit is a number of its own plus, for the dynamic
-        # graph, a bounded part that depends on (s, a, i) and starts at zero. What a slot learns first it keeps, so the
-        # cheaper an edge, the wider open it starts.
-        self.edge_logits = nn.Parameter(torch.where(factor < 1, 6.0, torch.where(factor > 1, 0.0, 4.0)))
-        last = nn.Linear(64, slots * num_parents)
+        # graph, a bounded part that depends on (s, a, i) and starts at zero. What an agent's slot learns first it
+        # keeps, so the other agents' dimensions start half open, the others wide open.
+        self.edge_logits = nn.Parameter(torch.where(foreign, 0.0, 4.0))
+        last = nn.Linear(64, num_agents * num_parents)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.edge_network = nn.Sequential(nn.Linear(num_parents, 64), nn.ReLU(), last, nn.Tanh())
 
-        # psi_r: one network for all slots, told by a one-hot identity whose reward is asked for.
-        sizes = [num_parents + slots, hidden_dim, hidden_dim, hidden_dim]
-        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))]
-        self.reward_network = nn.Sequential(*hidden, nn.Linear(hidden_dim, 1))
+        # psi_r: one network for all slots. A one-hot identity is a bias of the first layer for each agent.
+        self.first_layer = nn.Linear(num_parents, hidden_dim)
+        self.identity = nn.Parameter(torch.empty(num_agents, hidden_dim).uniform_(-1, 1) / math.sqrt(num_parents))
+        layers = [layer for _ in range(2) for layer in (nn.ReLU(inplace=True), nn.Linear(hidden_dim, hidden_dim))]
+        self.reward_network = nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(hidden_dim, 1))
 
-    def parameter_groups(self, learning_rate: float = 1e-3, edge_learning_rate: float = 2e-2) -> list[dict]:
+    def parameter_groups(self, learning_rate: float = 1e-2, edge_learning_rate: float = 2e-2) -> list[dict]:
         """Adam's parameter groups: psi_r, the edges' own logits, and the rest of psi_g at 1/40 of their rate."""
+        psi_r = [*self.first_layer.parameters(), self.identity, *self.reward_network.parameters()]
         return [
-            {"params": self.reward_network.parameters(), "lr": learning_rate},
+            {"params": psi_r, "lr": learning_rate},
             {"params": [self.edge_logits], "lr": edge_learning_rate},
             {"params": self.edge_network.parameters(), "lr": edge_learning_rate / 40},
         ]
 
-    def fit_statistics(self, state: Tensor, team_reward: Tensor) -> None:
-        """Mean and standard deviation of states [T, S] and team rewards [T]; a constant dimension keeps unit scale."""
+    def fit_statistics(self, state: Tensor, action: Tensor, team_reward: Tensor) -> None:
+        """Units and references from states [T, S], actions [T, N, A] and team rewards [T], the same for every seed."""
         std = state.std(0)
         self.state_mean.copy_(state.mean(0))
         self.state_std.copy_(torch.where(std > 1e-6, std, 1.0))
         self.reward_mean.copy_(team_reward.mean())
         self.reward_std.copy_(team_reward.std().clamp(min=1e-6))
+        g = torch.Generator().manual_seed(0)
+        rows = torch.randint(len(state), (len(self.references),), generator=g).to(state.device)
+        self.references.copy_(self._parents(state[rows], action[rows]))
 
     def _parents(self, state: Tensor, action: Tensor) -> Tensor:
         """States [B, S] and actions [B, N, A], scaled (actions as if uniform): the possible parents [B, D]."""
         return torch.cat([(state - self.state_mean) / self.state_std, 3**0.5 * action.flatten(1)], dim=1)
 
     def _logits(self, parents: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-odds of every edge (Eq. 3), and a fifth of their part that depends on (s, a): both [B or 1, N + 1, D]."""
+        """Log-odds of every edge (Eq. 3), and a fifth of their part that depends on (s, a): both [B or 1, N, D]."""
         own = self.edge_logits[None]
         if self.graph != "dynamic":
             return (torch.full_like(own, torch.inf) if self.graph == "full" else own), torch.zeros_like(own)
         varying = self.edge_network(parents).view(-1, *self.edge_logits.shape)
         return own + 5 * varying, varying
 
-    def _predict(self, parents: Tensor, masks: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
-        """psi_r of masked parents [B, D] * [B, N + 1, D] and slot identities: standardised rewards [B, N + 1].
+    def _predict(self, parents: Tensor, masks: Tensor, alive: Tensor | None) -> Tensor:
+        """psi_r of masked parents [B, D] * [B or 1, N, D] (Eq. 2): standardised rewards [B, N], 0 for the dead."""
+        slots = self.reward_network(self.first_layer(parents[:, None] * masks) + self.identity).squeeze(2)
+        return slots if alive is None else slots * alive
 
-        And which slots count, likewise [B, N + 1]: those of the agents that are `alive`, and the common one.
+    def _slots(self, parents: Tensor, alive: Tensor | None = None) -> Tensor:
+        """What the agents' slots say with the edges that count (Eq. 6): standardised rewards [B, N]."""
+        return self._predict(parents, (torch.sigmoid(self._logits(parents)[0]) >= self.h).float(), alive)
+
+    def _shapley(self, parents: Tensor, alive: Tensor | None) -> Tensor:
+        """phi [B, N], the agents' Shapley values in the game v(S) = mean_k R_hat(own variables and actions of the
+        agents in S from this row, those of the other agents from reference k, what is nobody's from this row).
         """
-        masked = parents[:, None] * masks
-        identity = self.slot_id.expand(len(parents), -1, -1)
-        present = torch.ones(masked.shape[:2], device=masked.device)
-        if alive is not None:
-            present[:, :-1] = alive
-        return self.reward_network(torch.cat([masked, identity], dim=2)).squeeze(2) * present, present
+        count = len(self.kept) * len(self.references)
+        phi = []
+        for rows in torch.arange(len(parents), device=parents.device).split(4096 // count + 1):  # fits the cache
+            mixed = torch.where(self.kept[:, None], parents[rows, None, None], self.references)  # [b, C, K, D]
+            living = None if alive is None else alive[rows].repeat_interleave(count, dim=0)
+            values = self._slots(mixed.flatten(0, 2), living).sum(1).view(len(rows), len(self.kept), -1)
+            phi.append(values.mean(2) @ self.weights.T)
+        return torch.cat(phi)
 
     @torch.no_grad()
     def probabilities(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Edge probabilities (Eq. 3) from states [B, S] and actions [B, N, A]: [B, N, S] and [B, N, N * A].
-
-        An agent's reward depends on a dimension through its own slot or the common one: the more probable edge of both.
-        """
-        slots = torch.sigmoid(self._logits(self._parents(state, action))[0]).expand(len(state), -1, -1)
-        edges = torch.maximum(slots[:, :-1], slots[:, -1:])
+        """Edge probabilities (Eq. 3) from states [B, S] and actions [B, N, A]: [B, N, S] and [B, N, N * A]."""
+        edges = torch.sigmoid(self._logits(self._parents(state, action))[0]).expand(len(state), -1, -1)
         return edges[..., : self.state_dim], edges[..., self.state_dim :]
 
-    def masks(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The edges that count at assignment, in either slot, 0 or 1: [B, N, S] and [B, N, N * A]."""
-        state_edges, action_edges = self.probabilities(state, action)
-        return (state_edges >= self.h).float(), (action_edges >= self.h).float()
+    @torch.no_grad()
+    def predict(self, state: Tensor, action: Tensor, alive: Tensor | None = None) -> Tensor:
+        """R_hat [B], the learned sum in the team reward's units."""
+        return self._slots(self._parents(state, action), alive).sum(1) * self.reward_std + self.reward_mean
 
     @torch.no_grad()
-    def assign(
-        self, state: Tensor, action: Tensor, team_reward: Tensor | None = None, alive: Tensor | None = None
-    ) -> Tensor:
-        """Individual rewards (Eq. 6) for states [B, S] and actions [B, N, A]: [B, N], in the team reward's units.
+    def assign(self, state: Tensor, action: Tensor, team_reward: Tensor, alive: Tensor | None = None) -> Tensor:
+        """Individual rewards for states [B, S] and actions [B, N, A] that add up to the team reward [B]: [B, N].
 
-        With the recorded team reward [B] they add up to it: what the model leaves unexplained is split evenly, as is
-        what is constant. Agents that are not `alive` [B, N] get nothing, and no part of what is split (None: all are).
-        No gradient leaves this function: a policy loss cannot change the credit.
+        What the model leaves unexplained is split evenly, as is what no agent causes. Agents that are not `alive`
+        [B, N] get nothing, and no part of what is split (None: all are). No gradient leaves this function.
         """
         parents = self._parents(state, action)
-        slots, present = self._predict(parents, (torch.sigmoid(self._logits(parents)[0]) >= self.h).float(), alive)
-        total = slots.sum(1) * self.reward_std + self.reward_mean if team_reward is None else team_reward
-        living = present[:, :-1]
-        own = (slots - self.slot_mean)[:, :-1] * living * self.reward_std
-        return own + living * ((total - own.sum(1)) / living.sum(1).clamp(min=1))[:, None]
+        if self.share == "shapley":
+            own = self._shapley(parents, alive)
+        else:  # a constant in a slot is nobody's merit
+            own = self._slots(parents, alive) - self._slots(self.references).mean(0)
+        living = torch.ones_like(own) if alive is None else alive.float()
+        own = own * living * self.reward_std
+        return own + living * ((team_reward - own.sum(1)) / living.sum(1).clamp(min=1))[:, None]
 
     def loss(
-        self,
-        state: Tensor,
-        action: Tensor,
-        team_reward: Tensor,
-        individual_rewards: Tensor | None = None,
-        alive: Tensor | None = None,
+        self, state: Tensor, action: Tensor, team_reward: Tensor, alive: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5). It changes the model: it clamps the edges' logits
-        from below and updates the running means `slot_mean` and `unexplained`.
+        """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5), for the arguments of `assign`.
 
-        Args:
-            state, action, team_reward: [B, S], [B, N, A], [B].
-            individual_rewards: [B, N] where they are known and wanted: each prediction is then fitted to its
-                reward instead of their sum to the team's (Table 5, "MACCA with ground truth").
-            alive: [B, N], whose predictions count (None: all).
-
-        Returns:
-            The loss, and its squared-error part alone (detached), in units of the team reward's variance.
+        Returns the loss, and its squared-error part alone (detached), in units of the team reward's variance. After
+        the optimizer's step, call `project`.
         """
-        shapes = {
-            "team_reward": (team_reward, [len(state)]),
-            "individual_rewards": (individual_rewards, action.shape[:2]),
-            "alive": (alive, action.shape[:2]),
-        }
-        for name, (given, shape) in shapes.items():
-            if given is not None and given.shape != (*shape,):  # torch would broadcast it to a wrong loss
-                raise ValueError(f"{name} has shape {list(given.shape)}, expected {list(shape)}")
-        with torch.no_grad():
-            self.edge_logits.clamp_(min=-3.0)  # so that a closed edge is tried now and then, and can come back
+        if team_reward.shape != state.shape[:1]:  # torch would broadcast it to a wrong loss
+            raise ValueError(f"team_reward has shape {list(team_reward.shape)}, expected {list(state.shape[:1])}")
         parents = self._parents(state, action)
         logits, varying = self._logits(parents)
         # Gates are drawn 0 or 1 (binary concrete), so that training and assignment see the same kind of mask: a soft
@@ -242,24 +222,20 @@ class CausalModel(nn.Module):
         # gradient passes straight through, as if the gate were the soft one.
         uniform = torch.rand(len(parents), *logits.shape[1:], device=logits.device).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid(logits + torch.logit(uniform))
-        slots, present = self._predict(parents, (soft > 0.5).float() + soft - soft.detach(), alive)  # [B, N + 1]
-        if individual_rewards is None:
-            error = (slots.sum(1) - (team_reward - self.reward_mean) / self.reward_std).square().mean()
-            count = present.sum(0)  # an agent that is alive in no row keeps its mean
-            self.slot_mean.lerp_(slots.detach().sum(0) / count.clamp(min=1), 0.01 * (count > 0))
-        else:
-            living = present[:, :-1]
-            count = living.sum(1, keepdim=True).clamp(min=1)
-            target = (individual_rewards - self.reward_mean / count) / self.reward_std
-            error = ((slots[:, :-1] + slots[:, -1:] / count - target) * living).square().sum(1).mean()
+        slots = self._predict(parents, (soft > 0.5).float() + soft - soft.detach(), alive)
+        error = (slots.sum(1) - (team_reward - self.reward_mean) / self.reward_std).square().mean()
         if self.graph == "full":
             return error, error.detach()
         # A gate is 1 with probability sigmoid(logit): this is the expected L1 norm of the drawn masks, without noise.
         # An edge that comes and goes costs more, or it would close wherever its dimension is near 0 and does no harm.
         # The price grows with what is explained: at first no edge has had a chance to prove its worth.
-        self.unexplained.lerp_(error.detach().clamp(max=1.0), 0.01)
         penalty = (self.edge_price * (torch.sigmoid(logits) + varying.abs())).sum((1, 2)).mean()
-        return error + (1 - self.unexplained) * penalty, error.detach()
+        return error + (1 - error.detach()).clamp(min=0) * penalty, error.detach()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep every edge's own probability above 0.047, so that a closed one is tried now and then and can return."""
+        self.edge_logits.clamp_(min=-3.0)
 
     @torch.no_grad()
     def report(
@@ -267,34 +243,31 @@ class CausalModel(nn.Module):
         state: Tensor,
         action: Tensor,
         team_reward: Tensor,
-        individual_rewards: Tensor | None = None,
         alive: Tensor | None = None,
+        paid: Tensor | None = None,
+        cause: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """How dense the graph and how good the credit is: scalars, for the arguments of `loss`.
+        """How dense the graph and how good the credit is, as scalars, for the arguments of `assign`.
 
-        `state_density`, `action_density`: the share of edges that count, mean over agents. `team_nmse`: squared error
-        of the summed prediction over the team reward's variance. Where the individual rewards are known: errors of the
-        credit and of the even split among the living, `credit_mse`, `credit_mae`, `even_mse`, `even_mae`;
-        `credit_skill`, 1 - credit_mse / even_mse (1 is perfect, 0 no better than the even split; left out where that
-        is exact, but for rounding); and `credit_rank`, Spearman's correlation, mean over agents. What is not defined,
-        because rewards do not vary, is left out.
+        `state_density`, `action_density`: the share of edges that count. `team_nmse`: squared error of R_hat over the
+        team reward's variance. Against what agents are paid, and what they cause (the Shapley value of the true
+        reward function), both [B, N]: errors of the credit and of the even split, `paid_mse`, `paid_mae`,
+        `paid_even_mse`, `paid_even_mae`, and `paid_skill` = 1 - mse / even_mse: 1 is perfect, 0 no better than even.
+        A constant per agent is no error, as no sum determines it. What is not defined is left out.
         """
-        credit = self.assign(state, action, team_reward, alive)  # [B, N]
-        state_masks, action_masks = self.masks(state, action)
-        team_error = (self.assign(state, action, alive=alive).sum(1) - team_reward).square().mean()
-        report = {"state_density": state_masks.mean(), "action_density": action_masks.mean()}
-        if len(team_reward) > 1 and (team_reward != team_reward[0]).any() and team_reward.var() > 1e-30:
-            report["team_nmse"] = team_error / team_reward.var()
-        if individual_rewards is not None:
-            living = torch.ones_like(credit) if alive is None else alive.float()
-            even = team_reward[:, None] * living / living.sum(1, keepdim=True).clamp(min=1) - individual_rewards
-            error = credit - individual_rewards
-            report |= {"credit_mse": error.square().mean(), "credit_mae": error.abs().mean()}
-            report |= {"even_mse": even.square().mean(), "even_mae": even.abs().mean()}
-            if report["even_mse"] > 1e-9 * team_reward.square().mean():
-                report["credit_skill"] = 1 - report["credit_mse"] / report["even_mse"]
-            ranks = [x.argsort(0).argsort(0).double() for x in (credit, individual_rewards)]  # ties as they come
-            centred = [x - x.mean(0) for x in ranks]
-            if len(credit) > 1:
-                report["credit_rank"] = ((centred[0] * centred[1]).mean(0) / ranks[0].var(0, correction=0)).mean()
+        density = [(edges >= self.h).float().mean() for edges in self.probabilities(state, action)]
+        report = {"state_density": density[0], "action_density": density[1]}
+        if len(team_reward) > 1 and team_reward.var() > 1e-12 * team_reward.square().mean():
+            report["team_nmse"] = (self.predict(state, action, alive) - team_reward).square().mean() / team_reward.var()
+        credit = self.assign(state, action, team_reward, alive)
+        living = torch.ones_like(credit) if alive is None else alive.float()
+        shares = {"": credit, "even_": team_reward[:, None] * living / living.sum(1, keepdim=True).clamp(min=1)}
+        for name, truth in (("cause", cause), ("paid", paid)):
+            if truth is None:
+                continue
+            for who, x in shares.items():
+                error = x - truth - (x - truth).mean(0)
+                report |= {f"{name}_{who}mse": error.square().mean(), f"{name}_{who}mae": error.abs().mean()}
+            if report[f"{name}_even_mse"] > 1e-9 * team_reward.square().mean():
+                report[f"{name}_skill"] = 1 - report[f"{name}_mse"] / report[f"{name}_even_mse"]
         return report

@@ -34,10 +34,11 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from causal_model import CausalModel, owners
+from causal_model import CausalModel
 
 Batch = dict[str, Tensor]
 
@@ -46,8 +47,8 @@ Batch = dict[str, Tensor]
 class Args:
     env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
-    credit: Literal["macca", "team", "uniform", "truth"] = "macca"  # share, R, R / N, recorded
-    standardize_rewards: bool = True  # each agent's, over the minibatch
+    credit: Literal["macca", "team", "uniform", "truth", "oracle"] = "macca"  # see README
+    standardize_rewards: bool = True  # by one deviation, of all agents' rewards
     seed: int = 1  # of weights, minibatches and evaluation episodes
     cuda: bool = torch.cuda.is_available()  # train on the GPU
     total_iterations: int = 3_000  # each one update of everything
@@ -63,22 +64,23 @@ class Args:
     final_episodes: int = 100  # of the last evaluation
     resume: str = ""  # run folder to continue, or to evaluate if finished
     # Causal model (--credit macca)
+    share: Literal["shapley", "slots"] = "shapley"  # of the learned sum, or each slot's (Eq. 6)
     graph: Literal["dynamic", "fixed", "full"] = "dynamic"  # masks from (s, a), constant, or none
-    lambda1: float = 7e-3  # L1 penalty on state edges (Eq. 5)
-    lambda2: float = 7e-3  # L1 penalty on action edges (Eq. 5)
+    lambda1: float = 3e-3  # L1 penalty on state edges (Eq. 5)
+    lambda2: float = 3e-3  # L1 penalty on action edges (Eq. 5)
     anchor: float = 5.0  # price of edges from other agents' dimensions; paper: 1
-    own_share: float = 0.01  # a dimension is own if the others leave this share of it unexplained
     h: float = 0.1  # less probable edges do not count in the credit (Eq. 6)
-    causal_learning_rate: float = 1e-3  # of the reward predictor
-    causal_target: Literal["team", "truth"] = "team"  # fit the sum, or each reward
-    causal_pretrain_iterations: int = 0  # train it alone first, then freeze it
+    references: int = 8  # rows that stand for absent agents (Shapley)
+    causal_iterations: int = 3_000  # of its training, before that of the policies
+    causal_batch_size: int = 512  # transitions in each
+    causal_learning_rate: float = 1e-2  # of the reward predictor, falls to 0
     # Algorithm specific
     alpha: float = 1.0  # weight of the conservative penalty (Eq. 7)
     cql_samples: int = 5  # uniform actions, and as many near the policy's
 
 
-RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9), "causal_pretrain_iterations": (0, 1e9)}
-RANGES |= {"gamma": (0, 1), "target_rate": (0, 1), "own_share": (0, 1), "h": (0, 1)}
+RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9)}
+RANGES |= {"gamma": (0, 1), "target_rate": (0, 1), "h": (0, 1)}
 
 
 def require(condition: object, message: str) -> None:
@@ -184,10 +186,11 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
     data["observations"] = take("observations", "float", T, N, *shape)
     data["next_observations"] = following("observations", "float", N, *shape)
     data["actions"] = actions = take("actions", "int", T, N) if discrete else take("actions", "float", T, N, A)
-    if "individual_rewards" in file or "truth" in (args.credit, args.causal_target):
-        data["individual_rewards"] = take("individual_rewards", "float", T, N)
-    if "states" in file:
-        data["states"] = take("states", "float", T, file["states"].shape[-1])
+    for name, credit in (("individual_rewards", "truth"), ("shapley_rewards", "oracle")):
+        if name in file or args.credit == credit:
+            data[name] = take(name, "float", T, N)
+    if "state_owner" in metadata:  # else the joint state is the observations side by side
+        data["states"] = take("states", "float", T, len(metadata["state_owner"]))
     data["alive"] = data["next_alive"] = allowed = np.ones((T, N), bool)
     if discrete:
         masked, everything = "action_masks" in file, np.ones((T, N, A), bool)
@@ -237,21 +240,26 @@ def causal_inputs(batch: Batch) -> tuple[Tensor, Tensor]:
     return state, actions
 
 
-def assign_credit(batch: Batch, args: Args, causal_model: CausalModel) -> Tensor:
-    """Each agent's reward [B, N]: Eq. 6, or a control. Dead agents get nothing."""
-    if args.credit == "macca":
-        return causal_model.assign(*causal_inputs(batch), batch["rewards"], batch["alive"])
-    if args.credit == "truth":
-        return batch["individual_rewards"]
-    alive, rewards = batch["alive"], batch["rewards"][:, None] * batch["alive"]
+def assign_credit(data: Batch, args: Args, causal_model: CausalModel) -> Tensor:
+    """What each agent is paid for each transition [T, N]: its share, or a control."""
+    if args.credit == "macca":  # line 4 of Algorithm 1
+        inputs = (*causal_inputs(data), data["rewards"], data["alive"])
+        parts = zip(*(x.split(1000) for x in inputs), strict=True)
+        total = len(data["rewards"]) // 1000
+        return torch.cat([causal_model.assign(*part) for part in tqdm(parts, "credit", total, unit="k")])
+    if args.credit in ("truth", "oracle"):
+        return data["individual_rewards" if args.credit == "truth" else "shapley_rewards"]
+    rewards, alive = data["rewards"][:, None] * data["alive"], data["alive"]
     return rewards if args.credit == "team" else rewards / alive.sum(1, keepdim=True).clamp(min=1)
 
 
 def standardize(rewards: Tensor, alive: Tensor, center: Tensor) -> Tensor:
-    """Rewards [B, N] over each agent's standard deviation, centered before if `center`."""
-    count = alive.sum(0)
-    mean = (rewards * alive).sum(0) / count.clamp(min=1)
-    std = (((rewards - mean) * alive).square().sum(0) / (count - 1).clamp(min=1)).sqrt()
+    """Rewards [T, N] over one standard deviation, that of all agents' together, centered before if `center`.
+
+    A scale for each agent would blow up the rewards of one that earns nothing.
+    """
+    living = rewards[alive]
+    std, mean = living.std(), living.mean()
     scale = torch.maximum(std, 0.1 * mean.abs() * ~center)  # std may be near 0
     return (rewards - mean * center) * alive / (scale + 1e-6)
 
@@ -410,45 +418,41 @@ def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]
 
 
 # === End of the algorithm ===
-def update(batch: Batch, nets, causal_model, optimizers, args: Args, policy: bool, causal: bool) -> Batch:
-    """Algorithm 1 on one minibatch. There is no GPU synchronization in here."""
-    logs = {}
-    rewards = assign_credit(batch, args, causal_model)  # line 4 (Eq. 6): [B, N]
-    if args.standardize_rewards:
-        rewards = standardize(rewards, batch["alive"], nets.center)
-    if causal:  # line 5 (Eq. 4), on half of the rows to save time
-        half = {name: x[: (len(rewards) + 1) // 2] for name, x in batch.items()}
-        truth = half["individual_rewards"] if args.causal_target == "truth" else None
-        inputs = (*causal_inputs(half), half["rewards"], truth, half["alive"])
-        loss, logs["team_error"] = causal_model.loss(*inputs)
-        optimizers["causal"].zero_grad()
-        loss.backward()
-        optimizers["causal"].step()
-        logs["causal_loss"] = loss.detach()
-    if policy:  # line 6
-        loss, critic_logs = critic_loss(batch, rewards, nets, args)
-        optimize(loss, nets, "critic", optimizers["critic"], args)
-        loss, actor_logs = actor_loss(batch, nets, args)
-        optimize(loss, nets, "actor", optimizers["actor"], args)
-        logs |= critic_logs | actor_logs
-    return logs
+def update_causal_model(batch: Batch, causal_model, optimizers) -> Batch:
+    """Line 5 of Algorithm 1 (Eq. 4, 5) on one minibatch."""
+    loss, error = causal_model.loss(*causal_inputs(batch), batch["rewards"], batch["alive"])
+    optimizers["causal"].zero_grad()
+    loss.backward()
+    optimizers["causal"].step()
+    optimizers["schedule"].step()
+    causal_model.project()
+    return {"causal_loss": loss.detach(), "team_error": error}
 
 
-def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalModel, dict[str, Adam]]:
+def update(batch: Batch, nets, optimizers, args: Args) -> Batch:
+    """Line 6 of Algorithm 1 on one minibatch. There is no GPU synchronization in here."""
+    loss, logs = critic_loss(batch, batch["credit"], nets, args)
+    optimize(loss, nets, "critic", optimizers["critic"], args)
+    loss, actor_logs = actor_loss(batch, nets, args)
+    optimize(loss, nets, "actor", optimizers["actor"], args)
+    return logs | actor_logs
+
+
+def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalModel, dict[str, Any]]:
     """Everything that learns, on the device of the data."""
     nets = Networks(data, args).to(data["rewards"].device)
-    states, owner = causal_inputs(data)[0], metadata.get("state_owner")
-    if "states" not in data:  # then the joint state is the observations side by side
-        owner = owners(data["observations"], args.own_share)
-    dims = (data["alive"].shape[1], states.shape[1], nets.action_dim)
-    options = (args.graph, owner, args.anchor, args.lambda1, args.lambda2, args.h)
-    causal_model = CausalModel(*dims, *options).to(states.device)
-    causal_model.fit_statistics(states, data["rewards"])
-    optimizers = {
+    (states, actions), (n, observation_dim) = causal_inputs(data), data["observations"].shape[1:]
+    observer = [agent for agent in range(n) for _ in range(observation_dim)]
+    owner = metadata["state_owner"] if "states" in data else observer
+    options = (args.share, args.graph, args.anchor, args.lambda1, args.lambda2, args.h, args.references)
+    causal_model = CausalModel(n, states.shape[1], nets.action_dim, owner, *options).to(states.device)
+    causal_model.fit_statistics(states, actions, data["rewards"])
+    optimizers: dict[str, Any] = {
         "causal": Adam(causal_model.parameter_groups(args.causal_learning_rate), fused=True),
         "critic": Adam(nets.critic.parameters(), lr=args.learning_rate, fused=True),
         "actor": Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True),
     }
+    optimizers["schedule"] = LinearLR(optimizers["causal"], 1.0, 0.0, args.causal_iterations)
     return nets, causal_model, optimizers
 
 
@@ -504,8 +508,8 @@ if __name__ == "__main__":
     allowed = data.get("action_masks", data["alive"]).all()
     require(gives_masks or allowed, f"{path} has action masks, --env {args.env} has none")
     modules = {"nets": nets, "causal_model": causal_model, **optimizers}
-    pretrain = args.causal_pretrain_iterations if args.credit == "macca" else 0
-    last_iteration, iteration, rows, logs = pretrain + args.total_iterations, 0, [], {}
+    first = -args.causal_iterations if args.credit == "macca" else 0  # those of the causal model
+    last_iteration, iteration, rows, logs, report = args.total_iterations, first, [], {}, {}
     if args.resume:
         require(checkpoint["dataset_sha256"] == digest, f"{run} had another dataset than {path}")
         for name, module in modules.items():
@@ -524,7 +528,7 @@ if __name__ == "__main__":
         write(run / "config.json", json.dumps(config, indent=2).encode())
     print(f"{len(data['alive'])} transitions of {path}; run folder {run}")
     writer = SummaryWriter(str(run), purge_step=iteration + 1)
-    progress = tqdm(total=last_iteration, initial=iteration, unit="it", mininterval=1)
+    progress = tqdm(total=last_iteration - first, initial=iteration - first, unit="it", mininterval=1)
     stop: list[int] = []  # the first Ctrl-C saves and ends, the second just ends
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -536,7 +540,7 @@ if __name__ == "__main__":
             for name, x in logs.items():
                 require(x.isfinite(), f"{name} is {x:g} at iteration {iteration} of {run}; lower --learning-rate")
                 writer.add_scalar(f"losses/{name}", x.item(), iteration)
-        if not logs or due or over:  # at the start, and before an evaluation may crash
+        if not logs or iteration == 0 or due or over:  # before what takes long or may crash
             checkpoint = {name: module.state_dict() for name, module in modules.items()}
             checkpoint |= {"script": script, "args": vars(args), "dataset_sha256": digest}
             checkpoint |= {"iteration": iteration, "rows": rows, "rng": [torch.get_rng_state()]}
@@ -544,15 +548,22 @@ if __name__ == "__main__":
             torch.save(checkpoint, buffer := io.BytesIO())
             content = buffer.getvalue()
             write(run / "checkpoint.pt", content + hashlib.sha256(content).digest())
+        if iteration >= 0 and "credit" not in data and (due or not stop):
+            credit = assign_credit(data, args, causal_model)
+            standard = standardize(credit, data["alive"], nets.center)
+            data["credit"] = standard if args.standardize_rewards else credit
+            if args.credit == "macca":  # how good it is on held-out episodes
+                inputs = (*causal_inputs(held_out), held_out["rewards"], held_out["alive"])
+                truths = (held_out.get(name) for name in ("individual_rewards", "shapley_rewards"))
+                report = causal_model.report(*inputs, *truths)
+                shown = [f"{name} {x:.3g}" for name, x in report.items() if name.endswith(("nmse", "skill"))]
+                progress.write(f"credit: {', '.join(shown)}")
         if due and all(row["iteration"] != iteration for row in rows):
             episodes = args.final_episodes if iteration == last_iteration else args.eval_episodes
             try:
-                row: dict = evaluate(env, nets, metadata, episodes, seed=1000 * args.seed)
+                row: dict = evaluate(env, nets, metadata, episodes, seed=1000 * args.seed) | report
             except Exception as error:
                 require(False, f"--env {args.env} failed: {error!r}; --resume {run} tries again")
-            if args.credit == "macca":
-                inputs, truth = causal_inputs(held_out), held_out.get("individual_rewards")
-                row |= causal_model.report(*inputs, held_out["rewards"], truth, held_out["alive"])
             for name, value in row.items():
                 row[name] = float(value)
                 require(math.isfinite(value), f"{name} is {value} at iteration {iteration} of {run}")
@@ -561,14 +572,14 @@ if __name__ == "__main__":
             columns = list(dict.fromkeys(name for row in rows for name in row))
             lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
             write(run / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-            shown = ("return", "score", "won", "team_nmse", "credit_rank", "credit_skill")
-            report = ", ".join(f"{name} {row[name]:.3g}" for name in shown if name in row)
-            progress.write(f"iteration {iteration}: {report}")
+            names = [name for name in ("return", "score", "won", "cause_skill") if name in row]
+            progress.write(f"iteration {iteration}: {', '.join(f'{name} {row[name]:.3g}' for name in names)}")
         if over:
             break
-        policy = iteration >= pretrain
-        causal = args.credit == "macca" and not (pretrain and policy)
-        logs = update(sample(data, args.batch_size), nets, causal_model, optimizers, args, policy, causal)
+        if iteration < 0:
+            logs = update_causal_model(sample(data, args.causal_batch_size), causal_model, optimizers)
+        else:
+            logs = update(sample(data, args.batch_size), nets, optimizers, args)
         iteration += 1
         progress.update()
     progress.close()

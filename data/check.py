@@ -31,6 +31,7 @@ LAYOUT = {
     "actions": ("float", "TN*"),  # or ("int", "TN")
     "rewards": ("float", "T"),
     "individual_rewards": ("float", "TN"),
+    "shapley_rewards": ("float", "TN"),
     "states": ("float", "T*"),
     "terminals": ("bool", "T"),
     "timeouts": ("bool", "T"),
@@ -268,6 +269,7 @@ def examine(arrays: dict[str, Member], metadata: dict, report: Report) -> None:
     for name in ("action_masks", "next_action_masks", "final_action_masks"):
         count(f"{name} allow an agent nothing", lambda mask: ~mask.any(axis=2).all(axis=1), name)
     unlike = count("rewards are not the sum of individual_rewards", unequal, "rewards", "individual_rewards")
+    count("rewards are not the sum of shapley_rewards", unequal, "rewards", "shapley_rewards")
     rewards = each_row(np.copy, steps, good["rewards"]) if "rewards" in good else None
     if rewards is not None and steps > 1 and (rewards == rewards[0]).all():
         wrong.append(f"rewards are all {rewards[0]:g}, expected different ones")

@@ -10,12 +10,13 @@ they need no credit assignment. With discrete actions the actors sample from a G
 with prey, predators and prey first learn against each other. Then the prey is frozen, and new predators learn against
 it. The four qualities follow D4RL and OMAR (https://arxiv.org/abs/2111.11188):
 
-    random         freshly initialised actors, new ones in every episode
+    random         freshly initialised stochastic actors, new ones in every episode
     medium-replay  every episode of such a training, until it reached the medium policy
     medium         the first policy that is as far between random and expert as OMAR's medium data
     expert         the policy with the best evaluation in the training
 
-Many worlds are played at a time (`BatchedEnv` of data/mpe.py). data/README.md describes the file format.
+Many worlds are played at a time (`BatchedEnv` of data/mpe.py). Every dataset also gets the state factored by agent and
+the Shapley values of the team reward, which take most of the time. data/README.md describes the file format.
 """
 
 import copy
@@ -59,6 +60,7 @@ ALL += [
     for quality in TWO
 ]
 SCRIPT = "collect_mpe.py"
+REFERENCES = 32  # rows that Shapley values compare with
 LOCKSTEP = 100  # worlds that training plays at a time
 EVALUATED = 400  # worlds that an evaluation plays at a time
 
@@ -165,14 +167,20 @@ def act_with(actor: StackedMLP, moves: int, noise: float, rng: np.random.Generat
 
 
 def act_random(env: mpe.BatchedEnv):
-    """Freshly initialised actors, another one for every agent of every world: [E, N, obs_dim] -> [E, N, ...]."""
+    """Freshly initialised actors, another one for every agent of every world: [E, N, obs_dim] -> [E, N, ...].
+
+    They are stochastic, as the random policies of D4RL: tanh of the output plus unit Gaussian noise, and with discrete
+    actions a draw from the softmax of the outputs. So the actions of an episode vary.
+    """
     agents, obs_dim, outputs, moves = sizes(env)
     actor = StackedMLP(env.number * agents, obs_dim, outputs)
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
         out = actor(torch.from_numpy(obs).reshape(-1, 1, obs_dim)).reshape(env.number, agents, outputs)
-        return out.argmax(-1).numpy() if moves else torch.tanh(out).numpy()
+        if moves:  # the largest of outputs plus Gumbel noise is such a draw
+            return (out - torch.empty_like(out).exponential_().log()).argmax(-1).numpy()
+        return torch.tanh(out + torch.randn_like(out)).numpy()
 
     return act
 
@@ -181,22 +189,23 @@ def play(env: mpe.BatchedEnv, act, rng: np.random.Generator) -> dict[str, np.nda
     """One episode in every world, with `act`: [E, N, obs_dim] -> [E, N, ...].
 
     Returns transitions, episode after episode: observations [T, N, obs_dim], actions [T, N, ...], individual_rewards
-    [T, N], terminals [T], timeouts [T], and final_observations [E, N, obs_dim].
+    [T, N], positions of all M entities after the step [T, M, 2], terminals [T], timeouts [T], and final_observations
+    [E, N, obs_dim].
     """
-    steps = []  # of tuples (observations, actions, rewards), each [E, N, ...]
+    steps = []  # of tuples (observations, actions, rewards, positions), each [E, ...]
     obs = env.reset(int(rng.integers(2**31)))
     for _ in range(mpe.EPISODE_STEPS):
         actions = act(obs)
         next_obs, rewards = env.step(actions)
-        steps.append((obs, actions, rewards))
+        steps.append((obs, actions, rewards, env.pos.astype(np.float32)))
         obs = next_obs
-    columns = [np.stack(column, axis=1) for column in zip(*steps, strict=True)]  # [E, 25, N, ...]
+    columns = [np.stack(column, axis=1) for column in zip(*steps, strict=True)]  # [E, 25, ...]
     return as_data(*(column.reshape(-1, *column.shape[2:]) for column in columns)) | {"final_observations": obs}
 
 
-def as_data(observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, np.ndarray]:
-    """Whole episodes [T, N, ...] under the names of the file format."""
-    data = {"observations": observations, "actions": actions, "individual_rewards": rewards}
+def as_data(observations, actions, rewards, positions) -> dict[str, np.ndarray]:
+    """Whole episodes [T, ...] under the names of the file format, and positions, which no file holds."""
+    data = {"observations": observations, "actions": actions, "individual_rewards": rewards, "positions": positions}
     data["terminals"] = np.zeros(len(rewards), bool)
     return data | {"timeouts": np.arange(1, len(rewards) + 1) % mpe.EPISODE_STEPS == 0}
 
@@ -342,13 +351,14 @@ def train(
     rng = np.random.default_rng(args.seed)
     env, judge = make_env(args.env, LOCKSTEP, prey), make_env(args.env, EVALUATED, prey)
     moves = sizes(env)[3]
-    learner, replay = Learner(*sizes(env), args), Replay(episodes * mpe.EPISODE_STEPS)
+    learner, replay, positions = Learner(*sizes(env), args), Replay(episodes * mpe.EPISODE_STEPS), []
     snapshots: list[tuple[int, int, float, StackedMLP]] = []  # (episodes, updates, return, actor)
     progress = tqdm(total=episodes, unit="episode", desc="training", mininterval=2)
     for episode in range(0, episodes - LOCKSTEP + 1, LOCKSTEP):
         noise = args.exploration_noise if episode >= 200 else 1.0  # the first actions are close to random
         new = play(env, act_with(learner.actor, moves, noise, rng), rng)
         replay.add(new["observations"], new["actions"], new["individual_rewards"], next_observations(new))
+        positions.append(new["positions"])
         if episode >= 200:
             learner.update(replay, rng, episode / args.train_episodes)
         progress.update(LOCKSTEP)
@@ -373,7 +383,7 @@ def train(
         files.write_csv(folder / "training.csv", ("episodes", "transitions", "updates", "eval_return"), rows)
 
     observations, actions, rewards, following = (column[: replay.filled].numpy() for column in replay.columns)
-    data = as_data(observations, actions.astype(np.int64) if moves else actions, rewards)
+    data = as_data(observations, actions.astype(np.int64) if moves else actions, rewards, np.concatenate(positions))
     return data | {"final_observations": following[data["timeouts"]]}
 
 
@@ -424,11 +434,28 @@ def record(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     else:
         data = play_rounds(args, actor)
     data["rewards"] = data["individual_rewards"].sum(axis=1)
+    about = add_states_and_causes(args, data)
     if args.env in TEAM_REWARD_ONLY:
         del data["individual_rewards"]
     names = ("paper_random_return", "paper_expert_return")
     paper = dict(zip(names, PAPER_RETURNS[args.env], strict=True)) if args.env in PAPER_RETURNS else {}
-    return data, {"noise": noise, **paper, "policy": policy}
+    return data, {"noise": noise, **paper, **about, "policy": policy}
+
+
+def add_states_and_causes(args: Args, data: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    """Add `states` and `shapley_rewards` to whole episodes, in place of `positions`; returns the states' owners.
+
+    Cuts the episodes to those within --transitions, because the Shapley values compare with rows of the file.
+    """
+    name, kept = args.env.removeprefix("mpe/"), max(args.transitions // mpe.EPISODE_STEPS, 1)
+    rows = kept * mpe.EPISODE_STEPS
+    data |= {key: column[: kept if key.startswith("final_") else rows] for key, column in data.items()}
+    data["states"], owner = mpe.factored_states(name, data["observations"])
+    positions = data.pop("positions")
+    agents = positions[:, : data["observations"].shape[1]]
+    references = agents[np.random.default_rng(0).integers(len(agents), size=REFERENCES)]  # [K, N, 2]
+    data["shapley_rewards"] = mpe.shapley_rewards(name, positions, data["rewards"], references)
+    return {"state_owner": owner}
 
 
 def play_rounds(args: Args, actor: StackedMLP | None) -> dict[str, np.ndarray]:

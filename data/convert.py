@@ -55,6 +55,7 @@ from data.files import fail, need
 
 MINARI = "main_data.hdf5"
 EPISODE, DIGITS = re.compile("episode_([0-9]+)"), re.compile("([0-9]+)")
+IN_INFOS = ("action_masks", "states", "individual_rewards", "shapley_rewards")  # arrays that Minari has in infos
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 SYNONYMS = {  # what others call our arrays
     "observations": ("obs", "observation"),
@@ -65,6 +66,7 @@ SYNONYMS = {  # what others call our arrays
     "timeouts": ("truncations", "truncated", "timeout"),
     "dones": ("done",),
     "states": ("state", "infos.state"),
+    "shapley_rewards": ("infos.shapley_rewards",),
     "action_masks": ("action_mask", "avail_actions", "available_actions", "legals", "infos.legals"),
 }
 
@@ -423,7 +425,8 @@ def read_vault(source: Path, args: Args) -> Source:
     paths = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
     leaves = {path.removesuffix("."): path for path in paths}
     notes: list[str] = []
-    needed, optional = "observations actions rewards terminals|dones vault_index", "timeouts states action_masks"
+    needed = "observations actions rewards terminals|dones vault_index"
+    optional = "timeouts states action_masks shapley_rewards"
     names = translate(source, leaves, notes, needed, optional)
 
     def load(name: str):
@@ -528,7 +531,7 @@ def minari_paths(source: Path, paths: list[str], notes: list[str]) -> dict[str, 
         words = path.split("/")
         ours = next((known[word] for word in reversed(words) if word in known), "")
         agent = "/".join(word for word in words if word not in known and word != "infos")
-        if not ours or (words[0] == "infos" and ours not in ("action_masks", "states", "individual_rewards")):
+        if not ours or (words[0] == "infos" and ours not in IN_INFOS):
             notes.append(f"not read: {path}")
         else:
             found.setdefault(ours, {})[agent] = path
@@ -769,6 +772,32 @@ def settle_rewards(path: Path, source: Source, asked: str | None, env: str) -> s
     return "individual; the team's is their sum"
 
 
+# ---- the joint state ----
+def factor_states(source: Source, env: str) -> None:
+    """For a particle task without a joint state: the one in data/mpe.py. Where the source has that one, its owners."""
+    name, columns = env.removeprefix("mpe/"), source.columns
+    if not env.startswith("mpe/") or ("states" in columns and "state_owner" in source.metadata):
+        return
+    from data import mpe  # here, because battles are converted where mpe2 is not installed
+
+    seen = columns["observations"]
+    task = mpe.TASKS[name]() if name in mpe.TASKS else None
+    if task is None or seen(0, 1).shape[1:] != (task.num_agents, task.obs_dim):
+        return
+
+    def states(a: int, b: int) -> np.ndarray:
+        return mpe.factored_states(name, seen(a, b))[0]
+
+    if "states" not in columns:
+        columns["states"] = states
+        source.notes.append("added: states, from the observations")
+    elif columns["states"](0, 1).shape != states(0, 1).shape:
+        return
+    elif each_row(lambda x, y: (x != y).any(axis=1), len(source.keep), columns["states"], states)[source.keep].any():
+        return
+    source.metadata["state_owner"] = mpe.factored_states(name, seen(0, 1))[1]
+
+
 # ---- writing ----
 def plan(source: Source) -> dict[str, tuple[Column, np.ndarray, type]]:
     """The arrays of the file: how each is read, how often [R] each row is taken, and the type."""
@@ -829,6 +858,7 @@ def convert(args: Args) -> None:
             fail(f"{args.source} ({source.format}) holds no whole episode; if it marks no ends, give --episode-length")
         settle_actions(args.source, source, args.clip_actions)
         reading = settle_rewards(args.source, source, args.rewards, args.env)
+        factor_states(source, args.env)
         if args.last_action:
             append_last_actions(args.source, source)
         arrays = plan(source)

@@ -76,7 +76,7 @@ def write_minari(data: Dataset, folder: Path) -> None:
     """A group per episode. The second axis of arrays is the agent; what Minari has no place for is in `infos`."""
     h5py = files.need("h5py")
     names = {"terminals": "terminations", "timeouts": "truncations", "action_masks": "infos/action_mask"}
-    names |= {"states": "infos/state", "individual_rewards": "infos/individual_rewards"}
+    names |= {"states": "infos/state"} | {name: f"infos/{name}" for name in ("individual_rewards", "shapley_rewards")}
     highest = 0
     (folder / "data").mkdir()
     with h5py.File(folder / "data" / "main_data.hdf5", "w", track_order=True) as file:
@@ -116,6 +116,7 @@ def write_vault(data: Dataset, folder: Path) -> None:
     """
     ts = files.need("tensorstore")
     names = {"timeouts": "truncations", "action_masks": "infos.legals", "states": "infos.state"}
+    names["shapley_rewards"] = "infos.shapley_rewards"
     folder = folder / re.sub(r"\W+", "_", str(data.metadata.get("quality")))
     folder.mkdir()
     stores: dict[str, Any] = {}
@@ -141,6 +142,8 @@ def write_vault(data: Dataset, folder: Path) -> None:
         if data.discrete:
             rows["actions"][-1] = episode["action_masks"][-1].argmax(axis=1) if "action_masks" in episode else 0
         rows["rewards"] = np.broadcast_to(np.concatenate([own, 0 * own[-1:]]), (length + 1, data.agents))
+        if "shapley_rewards" in rows:
+            rows["shapley_rewards"][length:] = 0
         rows["timeouts"][-2] = False
         for name in ("terminals", "timeouts"):
             rows[name] = np.repeat(rows[name][:, None], data.agents, axis=1)

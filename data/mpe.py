@@ -16,6 +16,7 @@ Source of the physics: https://github.com/Farama-Foundation/MPE2
 """
 
 import itertools
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 from gymnasium import spaces
 from mpe2._mpe_utils.core import Agent, Landmark, World
 from pettingzoo import ParallelEnv
+from tqdm import tqdm
 
 EPISODE_STEPS = 25
 DT, DAMPING, CONTACT_FORCE, CONTACT_MARGIN = 0.1, 0.25, 100.0, 1e-3  # from mpe2's World
@@ -333,6 +335,71 @@ class BatchedEnv:
         self.vel *= np.minimum(1.0, self.task.max_speed / np.maximum(speed, 1e-12))[..., None]
 
 
+# ---- a state factored by agent, and who caused the reward ----
+def factored_states(name: str, observations: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The joint state of a particle task, each variable once, from the agents' observations [T, N, obs_dim].
+
+    Returns states [T, S], and for each of the S numbers the agent whose own it is, or -1. First each agent's velocity
+    and position, then nobody's: the landmarks' positions, and each prey's position and velocity. In WORLD not every
+    agent sees a prey. So a prey has one more number there, 1 if anybody sees it; if nobody does, all five are 0.
+    """
+    task = make_task(name)
+    n, movers, prey = task.num_agents, len(task.accel), task.num_prey
+    rows, landmarks = len(observations), len(task.sizes) - movers
+    own = observations[:, :, 2:4]  # positions [T, N, 2]
+    first = 4 + 2 * landmarks  # where the others begin
+    around = observations[:, 0, 4:first].reshape(rows, landmarks, 2) + own[:, :1]
+    parts = [observations[:, :, :4].reshape(rows, 4 * n), around.reshape(rows, 2 * landmarks)]
+    for i in range(prey):
+        there, speed = (start + 2 * i for start in (first + 2 * (n - 1), first + 2 * (movers - 1)))
+        apart = observations[:, :, there : there + 2]  # [T, N, 2]
+        # What is not seen reads as exactly zero. Elsewhere everything is seen.
+        sees = (apart != 0).any(axis=2, keepdims=True) if isinstance(task, SimpleWorld) else np.ones((rows, n, 1), bool)
+        both = np.concatenate([own + apart, observations[:, :, speed : speed + 2]], axis=2)
+        parts.append((both * sees).sum(axis=1) / np.maximum(sees.sum(axis=1), 1))
+        if isinstance(task, SimpleWorld):
+            parts.append(np.asarray(sees.any(axis=1)))
+    states = np.concatenate(parts, axis=1, dtype=np.float32)
+    return states, [i for i in range(n) for _ in range(4)] + [-1] * (states.shape[1] - 4 * n)
+
+
+def shapley_rewards(name: str, positions: np.ndarray, rewards: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Who caused the team reward: the agents' Shapley values, [T, N].
+
+    `positions` [T, M, 2] are those after the step, `rewards` [T] the team's, `references` [K, N, 2] positions of the
+    agents in K other rows. A coalition's value is the mean team reward over the K references, with the coalition's
+    agents where they are, the other agents where the reference has them, and the rest of the world as it is. All 2^N
+    coalitions count. What the values leave of the reward, the part that no agent caused, is split evenly.
+    """
+    task = make_task(name)
+    n, k = task.num_agents, len(references)
+    coalitions = np.array([*itertools.product([False, True], repeat=n)])  # [2^N, N]
+    size = coalitions.sum(axis=1)[:, None]
+    ways = np.vectorize(math.factorial)
+    # How often a coalition's value counts for an agent in it, and against one outside: [2^N, N].
+    weight = np.where(
+        coalitions,
+        ways(np.maximum(size - 1, 0)) * ways(n - size),
+        -ways(size) * ways(np.maximum(n - size - 1, 0)),
+    ) / math.factorial(n)
+    shares = np.empty((len(positions), n), np.float32)
+    step = max(1, 2**14 // k)  # so many worlds at a time stay in the processor's cache
+    progress = tqdm(total=len(shares), unit="transition", unit_scale=True, desc="Shapley values", mininterval=1)
+    for start in range(0, len(shares), step):
+        here = positions[start : start + step]
+        worlds = np.repeat(here[:, None], k, axis=1)  # [t, K, M, 2]
+        values = np.empty((len(here), len(coalitions)))
+        for number, inside in enumerate(coalitions):
+            worlds[:, :, :n] = np.where(inside[:, None], here[:, None, :n], references)
+            values[:, number] = task.rewards(worlds).sum(axis=-1).mean(axis=1)
+        share = values @ weight
+        left = rewards[start : start + step] - share.sum(axis=1)
+        shares[start : start + step] = share + left[:, None] / n
+        progress.update(len(here))
+    progress.close()
+    return shares
+
+
 # ---- one world, on mpe2 ----
 def make_task(name: str) -> Task:
     """The task of this name."""
@@ -373,10 +440,10 @@ class ParticleEnv(ParallelEnv):
         self.action_spaces = {
             a: spaces.Discrete(5) if self.task.discrete else spaces.Box(-1.0, 1.0, (2,)) for a in self.possible_agents
         }
-        self.state_space = spaces.Box(-np.inf, np.inf, (self.task.num_agents * self.task.obs_dim,))
         self.rng = np.random.default_rng()
         self.steps = 0
         self.obs = np.zeros((self.task.num_agents, self.task.obs_dim), dtype=np.float32)  # [N, obs_dim]
+        self.state_space = spaces.Box(-np.inf, np.inf, self.state().shape)
 
     def observation_space(self, agent):
         return self.observation_spaces[agent]
@@ -420,8 +487,8 @@ class ParticleEnv(ParallelEnv):
         return observations, rewards, terminations, truncations, infos
 
     def state(self) -> np.ndarray:
-        """[N * obs_dim]: the agents' observations side by side."""
-        return self.obs.reshape(-1).copy()
+        """[S]: the joint state, as `factored_states` has it and datasets."""
+        return factored_states(self.metadata["name"], self.obs[None])[0][0]
 
     def render(self) -> np.ndarray | None:
         """[400, 400, 3] uint8: the square from -1.5 to 1.5, discs in the task's colours; None without a render mode."""

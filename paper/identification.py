@@ -5,12 +5,14 @@
     python paper/identification.py --show      # the tables only
 
 Every agent earns r_i = f(own state dimensions) + g(own action), the team R = sum_i r_i, and only R is shown to the
-methods. On top of that, four families: (a) nothing else; (b) a part that two neighbours share half and half, as the
-cost of a collision; (c) a part of the agent's own dimensions that counts only while the next agent's state says so,
-so its edges switch on and off; (d) R is the minimum, the product or an indicator of the r_i: no sum at all.
+methods. Five families: (a) nothing else; (b) a part that two neighbours share half and half, as the cost of a
+collision; (c) a part of the agent's own dimensions that counts only while the next agent's state says so, so its edges
+switch on and off; (d) R is the minimum, the product or an indicator of the r_i: no sum at all; (e) is (a), but recorded
+is what every agent observes: its own dimensions, and those of the others relative to them.
+
+A credit is held against what every agent was paid, r_i, and against what it caused: its Shapley value in the true R.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -19,20 +21,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn as nn
 import tyro
 from rows import RESULTS, ROOT, add, fail, mean_std, print_table, read
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 from causal_model import CausalModel
 
 PATH = RESULTS / "identification.csv"
-TRAIN, HELD_OUT = 54_000, 10_000
+TRAIN, HELD_OUT, REFERENCES = 54_000, 2_000, 64
+STEPS, BATCH, HIDDEN = 2_000, 512, 64  # half as many steps again for (b) and (c)
 
 # name -> how the problem is drawn; what is not named is as in `draw`
 ROWS: dict[str, dict[str, Any]] = {
@@ -59,24 +63,40 @@ ROWS: dict[str, dict[str, Any]] = {
     "d: 3, minimum": {"family": "d", "agents": 3, "team": "minimum"},
     "d: 3, product": {"family": "d", "agents": 3, "team": "product"},
     "d: 3, indicator": {"family": "d", "agents": 3, "team": "indicator"},
+    "e: 3 agents": {"family": "e", "agents": 3, "dims": 4},
+    "e: 3 agents, factored": {"family": "a", "agents": 3, "dims": 4},
+    "e: 5 agents": {"family": "e", "agents": 5, "dims": 4},
+    "e: 5 agents, factored": {"family": "a", "agents": 5, "dims": 4},
 }
-# Ours (the two graphs) on every row, the others on those in COMPARED.
-METHODS = ["dynamic", "fixed", "full", "sigmoid masks", "one mask for all", "ridge", "even split"]
-COMPARED = ["a: 3 agents", "a: 5 agents", "a: 3, correlated", "b: 3 agents", "c: 3 agents", *list(ROWS)[-3:]]
-QUICK = [("a: 3 agents", m) for m in METHODS] + [("b: 3 agents", "dynamic"), ("c: 3 agents", "dynamic")]
-QUICK += [("c: 3 agents", "fixed"), ("d: 3, product", "dynamic")]
+# "slots" is Eq. 6, from the model that "shapley" fits. The last five only on the rows in COMPARED.
+METHODS = ["cause vs paid", "shapley", "slots", "fixed"]
+METHODS += ["full", "sigmoid masks", "one mask for all", "ridge", "even split"]
+COMPARED = ["a: 3 agents", "a: 5 agents", "a: 3, correlated", "b: 3 agents", "c: 3 agents"]
+COMPARED += [name for name in ROWS if name[0] == "d"]
+QUICK = [("a: 3 agents", m) for m in METHODS if m != "slots"] + [("b: 3 agents", "shapley"), ("c: 3 agents", "shapley")]
+# what an agent's dimensions a, b, c and its action u are worth
+PARTS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "smooth": (lambda a, b, c: torch.sin(1.5 * a) + b * c, lambda u: u**2),
+    "kinked": (lambda a, b, c: 1.5 * a.abs() + torch.maximum(b, c), lambda u: 1.5 * u.abs()),
+    "half-kinked": (lambda a, b, c: a.abs() + torch.maximum(b, c), lambda u: 1.5 * u.clamp(min=0)),
+    "sparse": (
+        lambda a, b, c: 3 * torch.exp(-3 * a**2) + 4 * torch.exp(-1.5 * (b**2 + c**2)),
+        lambda u: 2.5 * torch.exp(-3 * u**2),
+    ),
+    "spikes": (lambda a, b, c: 2 * ((a.abs() < 0.5) & (b > 0)) + 1 / (c.abs() + 0.3), lambda u: 2 * (u > 1).float()),
+}
+TEAMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda r: r.sum(-1),
+    "minimum": lambda r: r.min(-1).values,
+    "product": lambda r: r.prod(-1),
+    "indicator": lambda r: (r > -0.5).all(-1).float(),
+}
 
 
 @dataclass
 class Args:
-    draws: int = 5
+    draws: int = 3
     """problems of each row, drawn from the seeds 1, 2, ..."""
-    iterations: int = 2_000
-    """gradient steps of each learned method, half as many again for family (c); learning rates fall linearly to 0"""
-    batch_size: int = 512
-    """samples of a step"""
-    hidden_dim: int = 64
-    """width of the reward predictors"""
     jobs: int = os.cpu_count() or 1
     """fits side by side, each on one thread"""
     quick: bool = False
@@ -87,11 +107,13 @@ class Args:
 
 @dataclass
 class Problem:
-    state: torch.Tensor  # [T, S]
-    action: torch.Tensor  # [T, N, A]
-    team: torch.Tensor  # [T]
-    rewards: torch.Tensor | None  # [T, N], what each agent earned, without its noise; None where R is no sum
-    edges: torch.Tensor  # [T or 1, N, S + N A], 1 where a dimension is a parent of an agent's reward
+    x: Tensor  # [T, N, dims], the agents' own state dimensions
+    action: Tensor  # [T, N, A]
+    pay: Callable[[Tensor, Tensor], Tensor]  # of x and action: rewards without noise [..., N], zero on average
+    team: Callable[[Tensor], Tensor]  # of rewards [..., N]: the team reward [...]
+    reward: Tensor  # [T], the team reward with its noise
+    state: Tensor  # [T, S], what is recorded of x, agent by agent
+    edges: Tensor  # [T or 1, N, S + N * A], 1 where a dimension is a parent of an agent's reward
 
 
 def draw(
@@ -127,57 +149,71 @@ def draw(
     else:
         action = 2 * torch.rand(samples, agents, 2, generator=g) - 1
 
-    rewards = torch.zeros(samples, agents)
-    edges = torch.zeros(1, agents, agents * dims + agents * num_actions)
-    if family == "c":
-        edges = edges.expand(samples, -1, -1).clone()
     order = torch.stack([torch.randperm(dims, generator=g) for _ in range(agents)])  # [N, dims]: 0 to 2 are parents
+    weight = 0.7 + 0.8 * torch.rand(agents, generator=g)
+    if discrete:
+        effect = 4 * torch.rand(agents, num_actions, generator=g) - 2
+    else:
+        effect = math.sqrt(3) * nn.functional.one_hot(torch.randint(2, (agents,), generator=g), 2)
+    centre = torch.zeros(agents)
+
+    def pay(x: Tensor, action: Tensor) -> Tensor:
+        own = x.gather(-1, order.expand(x.shape))
+        following = x.roll(-1, -2)  # the next agent's
+        u = (action * effect).sum(-1)
+        rewards = PARTS[parts][0](*own[..., :3].unbind(-1)) + (u if discrete else weight * PARTS[parts][1](u))
+        if family == "b":
+            gap = own[..., 3:5] - own.roll(-1, -2)[..., 5:7]
+            cost = shared * torch.exp(-gap.square().sum(-1) / 2)
+            cost[..., 1:] *= agents > 2  # two agents are one pair, not two
+            rewards = rewards - (cost + cost.roll(1, -1)) / 2
+        if family == "c":
+            near = following[..., :4].sum(-1) > 0
+            rewards = rewards + near * (2 * torch.sin(1.5 * own[..., 3]) + 1.5 * own[..., 4] ** 2)
+        return rewards - centre
+
+    paid = pay(x, action)
+    centre += paid.mean(0)
+    reward = TEAMS[team](paid - centre + noise * paid.std(0) * torch.randn(samples, agents, generator=g))
+
+    state, width = x, dims  # width: from one agent's own dimensions to the next agent's
+    if family == "e":  # [T, observer, observed, dims]
+        itself = torch.eye(agents, dtype=torch.bool)[..., None]
+        state, width = torch.where(itself, x[:, None], x[:, None] - x[:, :, None]), dims * (agents + 1)
+    state = state.flatten(1)
+    column = width * torch.arange(agents)[:, None] + order
+    edges = torch.zeros(samples if family == "c" else 1, agents, state.shape[1] + agents * num_actions)
     for i in range(agents):
-        a, b, c = (x[:, i, d] for d in order[i, :3])
-        weight = 0.7 + 0.8 * torch.rand((), generator=g)
-        if discrete:
-            effect = 4 * torch.rand(num_actions, generator=g) - 2
-            moved, used = action[:, i] @ effect, range(num_actions)
-        else:
-            d = int(torch.randint(2, (), generator=g))
-            u, used = math.sqrt(3) * action[:, i, d], [d]
-            bump, step = 2.5 * torch.exp(-3 * u**2), 2 * (u > 1).float()
-            shapes = {"smooth": u**2, "kinked": 1.5 * u.abs(), "sparse": bump, "spikes": step}
-            moved = weight * (shapes | {"half-kinked": 1.5 * u.clamp(min=0)})[parts]
-        if parts == "smooth":
-            rewards[:, i] = torch.sin(1.5 * a) + b * c + moved
-        elif parts == "kinked":
-            rewards[:, i] = 1.5 * a.abs() + torch.maximum(b, c) + moved
-        elif parts == "half-kinked":
-            rewards[:, i] = a.abs() + torch.maximum(b, c) + moved
-        elif parts == "spikes":  # steps that are rarely up, and a peak
-            rewards[:, i] = 2 * ((a.abs() < 0.5) & (b > 0)) + 1 / (c.abs() + 0.3) + moved
-        else:  # smooth bumps
-            rewards[:, i] = 3 * torch.exp(-3 * a**2) + 4 * torch.exp(-1.5 * (b**2 + c**2)) + moved
-        edges[:, i, i * dims + order[i, :3]] = 1
-        edges[:, i, [agents * dims + i * num_actions + d for d in used]] = 1
-    if family == "b":
-        for i in range(agents if agents > 2 else 1):
-            pair = (i, (i + 1) % agents)
-            mine, theirs = order[pair[0], 3:5], order[pair[1], 5:7]
-            gap = x[:, pair[0], mine] - x[:, pair[1], theirs]
-            cost = shared * torch.exp(-gap.square().sum(1) / 2)
-            for j in pair:
-                rewards[:, j] -= cost / 2
-                edges[:, j, pair[0] * dims + mine] = 1
-                edges[:, j, pair[1] * dims + theirs] = 1
-    if family == "c":
-        for i in range(agents):
-            near = (x[:, (i + 1) % agents, :4].sum(1) > 0).float()
-            a, b = (x[:, i, d] for d in order[i, 3:5])
-            rewards[:, i] += near * (2 * torch.sin(1.5 * a) + 1.5 * b**2)
-            edges[:, i, i * dims + order[i, 3:5]] = near[:, None]
-    noisy = rewards + noise * rewards.std(0) * torch.randn(samples, agents, generator=g)
-    if family == "d":
-        centred = rewards - rewards.mean(0)
-        total = {"minimum": centred.min(1).values, "product": centred.prod(1), "indicator": (centred > -0.5).all(1)}
-        return Problem(x.flatten(1), action, total[team].float(), None, edges)
-    return Problem(x.flatten(1), action, noisy.sum(1), rewards, edges)
+        edges[:, i, column[i, :3]] = 1
+        edges[:, i, state.shape[1] + i * num_actions :][:, :num_actions] = (effect[i] != 0).float()
+        following = (i + 1) % agents
+        if family == "b" and (i == 0 or agents > 2):
+            for j in (i, following):
+                edges[:, j, torch.cat([column[i, 3:5], column[following, 5:7]])] = 1
+        if family == "c":
+            edges[:, i, column[i, 3:5]] = (x[:, following, :4].sum(1) > 0).float()[:, None]
+    return Problem(x, action, pay, TEAMS[team], reward, state, edges)
+
+
+def caused(problem: Problem, rows: slice) -> Tensor:
+    """The agents' Shapley values [T, N] in the game v(S) = mean over REFERENCES rows of the true team reward without
+    noise, with the state dimensions and actions of the agents in S from the row, those of the others from a reference.
+    """
+    (x, action), agents = ((y[rows, None], y[:REFERENCES]) for y in (problem.x, problem.action)), problem.x.shape[1]
+
+    @functools.cache
+    def value(members: frozenset[int]) -> Tensor:
+        inside = torch.tensor([i in members for i in range(agents)])[:, None]
+        return problem.team(problem.pay(torch.where(inside, *x), torch.where(inside, *action))).mean(1)
+
+    # One order and its reverse are enough where no part depends on more than two agents, as in all but family (d).
+    orders: list[Sequence[int]] = [range(agents), range(agents)[::-1]]
+    orders = orders if agents > 5 else [*itertools.permutations(range(agents))]
+    phi = torch.zeros(len(x[0]), agents)
+    for order in orders:
+        for size, agent in enumerate(order):
+            phi[:, agent] += value(frozenset(order[: size + 1])) - value(frozenset(order[:size]))
+    return phi / len(orders)
 
 
 class Masked(nn.Module):
@@ -187,10 +223,10 @@ class Masked(nn.Module):
     the L1 sum, no clipping in the credit, four hidden layers of 64, Adam with epsilon and weight decay 1e-5.
     """
 
-    def __init__(self, agents: int, parents: int, hidden: int, shared: bool):
+    def __init__(self, agents: int, parents: int, shared: bool):
         super().__init__()
         self.shared = shared
-        sizes = [parents + agents, 64, 64, 64, 64] if shared else [parents + agents, hidden, hidden, hidden]
+        sizes = [parents + agents] + (4 * [64] if shared else 3 * [HIDDEN])
         layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
         self.predictor = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
         self.mask = nn.Parameter(torch.randn(parents))
@@ -203,7 +239,7 @@ class Masked(nn.Module):
             return [{"params": self.predictor.parameters(), "lr": 5e-2, **slow}, {"params": [self.mask], "lr": 5e-4}]
         return [{"params": [*self.predictor.parameters(), *self.mask_network.parameters()], "lr": 1e-3}]
 
-    def forward(self, x: torch.Tensor, clip: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
         """[B, D] -> individual rewards [B, N] and masks [B or 1, N, D]."""
         identity, x = self.identity.expand(len(x), -1, -1), x[:, None].expand(-1, len(self.identity), -1)
         masks = self.mask.expand(1, len(self.identity), -1)
@@ -213,90 +249,100 @@ class Masked(nn.Module):
         return self.predictor(torch.cat([x * masks, identity], 2)).squeeze(2), masks
 
 
-def train(groups: list[dict], loss, args: Args) -> None:
-    """Adam on loss(rows), learning rates falling linearly to 0."""
+def train(groups: list[dict], loss, steps: int, project=lambda: None) -> None:
+    """Adam on loss(rows), learning rates falling linearly to 0, `project` after each step."""
     optimizer = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    for iteration in range(args.iterations):
+    for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - iteration / args.iterations)
-        value = loss(torch.randint(TRAIN, (args.batch_size,)))
+            group["lr"] = rate * (1 - step / steps)
+        value = loss(torch.randint(TRAIN, (BATCH,)))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+        project()
 
 
-def fit(problem: Problem, method: str, args: Args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Credit [HELD_OUT, N], predicted team reward [HELD_OUT] and edges [HELD_OUT or 1, N, D] of a method."""
-    state, action, team = problem.state, problem.action, problem.team
+def fit(problem: Problem, method: str, steps: int, cause: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """Credit [HELD_OUT, N] by method, predicted team reward [HELD_OUT] and edges [HELD_OUT or 1, N, D]."""
+    state, action, team = problem.state, problem.action, problem.reward
     agents, held = action.shape[1], slice(TRAIN, None)
     mean, std = team[:TRAIN].mean(), team[:TRAIN].std()
     parents = torch.cat([state, action.flatten(1)], dim=1)  # unit scale by construction
-    if method == "even split":
-        return team[held, None].expand(-1, agents) / agents, torch.full_like(team[held], torch.nan), None
+    if method in ("even split", "cause vs paid"):
+        even = team[held, None].expand(-1, agents) / agents
+        return {method: even if method == "even split" else cause}, torch.full_like(team[held], torch.nan), None
     if method == "ridge":
         # Appendix D: r_i = W phi(s, a, i), the sum over i fitted in closed form; phi: 1,000 random Fourier features.
         frequency = torch.randn(parents.shape[1] + agents, 1000) / 3
         phase = 2 * math.pi * torch.rand(1000)
         identity = 3 * torch.eye(agents)
 
-        def features(rows: slice, i: int) -> torch.Tensor:
+        def features(rows: slice, i: int) -> Tensor:
             x = torch.cat([parents[rows], identity[i].expand(len(parents[rows]), -1)], 1)
             return torch.cos(x @ frequency + phase)
 
         phi = torch.stack([features(slice(0, TRAIN), i) for i in range(agents)]).sum(0)
-        weights = torch.linalg.solve(
-            phi.T @ phi + 10 * torch.eye(1000), phi.T @ ((team[:TRAIN] - mean) / std)
-        )  # Eq. 16
+        gram = phi.T @ phi + 10 * torch.eye(1000)
+        weights = torch.linalg.solve(gram, phi.T @ ((team[:TRAIN] - mean) / std))  # Eq. 16
         credit = torch.stack([features(held, i) @ weights for i in range(agents)], 1) * std + mean / agents
-        return credit, credit.sum(1), None
+        return {method: credit}, credit.sum(1), None
     if method in ("sigmoid masks", "one mask for all"):
-        model = Masked(agents, parents.shape[1], args.hidden_dim, shared=method == "one mask for all")
+        model = Masked(agents, parents.shape[1], shared=method == "one mask for all")
 
-        def masked_loss(rows: torch.Tensor) -> torch.Tensor:
+        def masked_loss(rows: Tensor) -> Tensor:
             prediction, masks = model(parents[rows], clip=False)
             error = (prediction.sum(1) - (team[rows] - mean) / std).square().mean()
             size = masks.abs().mean() if model.shared else masks.abs().sum((1, 2)).mean()
             return error + 7e-3 * size
 
-        train(model.groups(), masked_loss, args)
+        train(model.groups(), masked_loss, steps)
         with torch.no_grad():
             credit, masks = model(parents[held], clip=True)
         credit = credit * std + mean / agents
-        return credit, credit.sum(1), (masks.abs() >= 0.1).float()
+        return {method: credit}, credit.sum(1), (masks.abs() >= 0.1).float()
     owner = [agent for agent in range(agents) for _ in range(state.shape[1] // agents)]
-    graph: Any = method
-    ours = CausalModel(agents, state.shape[1], action.shape[2], graph, owner, hidden_dim=args.hidden_dim)
-    ours.fit_statistics(state[:TRAIN], team[:TRAIN])
-    train(ours.parameter_groups(), lambda rows: ours.loss(state[rows], action[rows], team[rows])[0], args)
-    edges = torch.cat(ours.masks(state[held], action[held]), dim=2)
-    predicted = ours.assign(state[held], action[held]).sum(1)
-    return ours.assign(state[held], action[held], team[held]), predicted, edges
+    graph: Any = "dynamic" if method == "shapley" else method
+    sizes = agents, state.shape[1], action.shape[2]
+    ours = CausalModel(*sizes, owner, graph=graph, references=32, hidden_dim=HIDDEN)
+    ours.fit_statistics(state[:TRAIN], action[:TRAIN], team[:TRAIN])
+    train(
+        ours.parameter_groups(), lambda rows: ours.loss(state[rows], action[rows], team[rows])[0], steps, ours.project
+    )
+    sample = state[held], action[held]
+    credit = {method: ours.assign(*sample, team[held])}
+    if method == "shapley":
+        ours.share = "slots"
+        credit["slots"] = ours.assign(*sample, team[held])
+    return credit, ours.predict(*sample), (torch.cat(ours.probabilities(*sample), dim=2) >= ours.h).float()
 
 
-def f1(found: torch.Tensor, truth: torch.Tensor) -> float:
+def f1(found: Tensor, truth: Tensor) -> float:
     """Harmonic mean of precision and recall of 0/1 tensors of one shape."""
     return float(2 * (found * truth).sum() / (found.sum() + truth.sum()).clamp(min=1e-9))
 
 
-def measure(problem: Problem, credit: torch.Tensor, predicted: torch.Tensor, edges: torch.Tensor | None) -> dict:
-    """Everything on held-out samples. Constants are no part of R^2: any split of them adds up."""
-    team = problem.team[TRAIN:]
-    row = {"team_nmse": float((predicted - team).square().mean() / team.var())}
-    if problem.rewards is not None:
-        truth = problem.rewards[TRAIN:]
-        credit, truth, even = (y - y.mean(0) for y in (credit, truth, team[:, None] / truth.shape[1]))
-        row["r2"] = float((1 - (credit - truth).square().mean(0) / truth.square().mean(0)).mean())
-        row["skill"] = float(1 - (credit - truth).square().mean() / (even - truth).square().mean())
+def r2(credit: Tensor, truth: Tensor) -> float:
+    """R^2, mean over agents. Constants are no part of it: any split of them adds up."""
+    credit, truth = credit - credit.mean(0), truth - truth.mean(0)
+    return float((1 - (credit - truth).square().mean(0) / truth.square().mean(0)).mean())
+
+
+def measure(problem: Problem, credit: Tensor, predicted: Tensor, edges: Tensor | None, cause: Tensor) -> dict:
+    """Everything on held-out samples. Where the team reward is no sum, nobody was paid."""
+    held = slice(TRAIN, None)
+    row = {"team_nmse": float((predicted - problem.reward[held]).square().mean() / problem.reward[held].var())}
+    if credit is not cause:
+        row["r2_cause"] = r2(credit, cause)
+    if problem.team is TEAMS["sum"]:
+        row["r2_paid"] = r2(credit, problem.pay(problem.x[held], problem.action[held]))
         if edges is not None:
-            true = problem.edges[TRAIN:] if len(problem.edges) > 1 else problem.edges
-            pair = [by_dimension(e.expand(HELD_OUT, -1, -1), problem) for e in (edges, true)]
-            row["f1"] = f1(*pair)
-            row["pooled_f1"] = f1(*(e.amax(1) for e in pair))  # a parent of anybody's reward, whosoever it is
+            true = problem.edges[held] if len(problem.edges) > 1 else problem.edges
+            row["f1"] = f1(*(by_dimension(e.expand(HELD_OUT, -1, -1), problem) for e in (edges, true)))
     return row
 
 
-def by_dimension(edges: torch.Tensor, problem: Problem) -> torch.Tensor:
+def by_dimension(edges: Tensor, problem: Problem) -> Tensor:
     """Edges [B, N, D] with a one-hot action's columns taken together: one variable, one of its columns redundant."""
     agents, choices = problem.action.shape[1:]
     if choices == 2:
@@ -305,23 +351,26 @@ def by_dimension(edges: torch.Tensor, problem: Problem) -> torch.Tensor:
     return torch.cat([state, action.unflatten(2, (agents, choices)).amax(3)], dim=2)
 
 
-def job(key: tuple[str, str, int], args: Args) -> dict[str, str]:
-    """The row of a problem, a method and a draw."""
-    name, method, seed = key
+def job(key: tuple[str, str, int], steps: int) -> list[dict[str, str]]:
+    """The rows of a problem, a method and a draw: two where one fit is measured twice."""
+    name, fitted, seed = key
     torch.set_num_threads(1)
-    if ROWS[name]["family"] == "c":
-        args = dataclasses.replace(args, iterations=args.iterations * 3 // 2)
+    steps = steps * 3 // 2 if name[0] in "bc" else steps
     problem = draw(seed, **ROWS[name])
+    cause = caused(problem, slice(TRAIN, None))
     torch.manual_seed(seed)
     started = time.monotonic()
-    measured = measure(problem, *fit(problem, method, args))
-    row = {"row": name, "method": method, "draw": str(seed), "iterations": str(args.iterations)}
-    row |= {"batch_size": str(args.batch_size), "hidden_dim": str(args.hidden_dim)}
-    row |= {name: f"{measured[name]:.4f}" if math.isfinite(measured.get(name, math.nan)) else "" for name in COLUMNS}
-    return {**row, "seconds": f"{time.monotonic() - started:.1f}"}
+    credits, predicted, edges = fit(problem, fitted, steps, cause)
+    seconds, rows = time.monotonic() - started, []
+    for method, credit in credits.items():
+        measured = measure(problem, credit, predicted, edges, cause)
+        row = {"row": name, "method": method, "draw": str(seed), "steps": str(steps)}
+        row |= {key: f"{measured[key]:.4f}" if math.isfinite(measured.get(key, math.nan)) else "" for key in COLUMNS}
+        rows.append({**row, "seconds": f"{seconds:.1f}"})
+    return rows
 
 
-COLUMNS = {"f1": "edge F1", "pooled_f1": "pooled F1", "r2": "individual R²", "skill": "skill", "team_nmse": "team NMSE"}
+COLUMNS = {"f1": "edge F1", "r2_paid": "R² with paid", "r2_cause": "R² with caused", "team_nmse": "team NMSE"}
 
 
 def show(rows: list[dict[str, str]]) -> None:
@@ -340,25 +389,22 @@ def show(rows: list[dict[str, str]]) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    for name, value in vars(args).items():
-        if value < 1 and type(value) is int:
-            fail(f"--{name.replace('_', '-')} is {value}, expected a number from 1")
-        if name in ("iterations", "batch_size", "hidden_dim") and value != getattr(Args, name) and not args.quick:
-            fail(f"{PATH.name} holds rows with the default --{name.replace('_', '-')}; give --quick beside another one")
+    for name in ("draws", "jobs"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} is {getattr(args, name)}, expected a number from 1")
     rows = [] if args.quick else read(PATH)
     there = {(row["row"], row["method"], int(row["draw"])) for row in rows}
-    wanted = [(n, m, s) for s in range(1, args.draws + 1) for n in ROWS for m in METHODS]
-    wanted = [key for key in wanted if key[1] in METHODS[:2] or key[0] in COMPARED]
-    wanted.sort(key=lambda key: (ROWS[key[0]]["agents"] == 10, key[1] not in METHODS[:2]))  # the slowest last
-    if args.quick:
-        args.iterations, wanted = min(args.iterations, 1000), [(n, m, 1) for n, m in QUICK]
+    wanted = [(n, m, s) for s in range(1, args.draws + 1) for n in ROWS for m in METHODS if m != "slots"]
+    wanted = [key for key in wanted if key[1] in METHODS[:4] or key[0] in COMPARED]
+    wanted.sort(key=lambda key: (METHODS.index(key[1]) // 3, ROWS[key[0]]["agents"] == 10))  # the slowest last
+    wanted = [(n, m, 1) for n, m in QUICK] if args.quick else wanted
     todo = [] if args.show else [key for key in wanted if key not in there]
     if todo:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that leaving `with` ends the processes
         with multiprocessing.Pool(args.jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             try:
-                fits = pool.imap_unordered(functools.partial(job, args=args), todo)
-                for row in tqdm(fits, total=len(todo), unit="fit", smoothing=0):
+                fits = pool.imap_unordered(functools.partial(job, steps=STEPS // 2 if args.quick else STEPS), todo)
+                for row in itertools.chain.from_iterable(tqdm(fits, total=len(todo), unit="fit", smoothing=0)):
                     rows.append(row)
                     if not args.quick:
                         add(PATH, row)

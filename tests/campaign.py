@@ -3,8 +3,8 @@
     python tests/campaign.py                                       # some minutes on one core
     python tests/campaign.py --kills 2 --datasets 0 --runs 0       # killed runs only
 
-Killed runs: SIGKILL at random moments and at every line that writes, also twice, and the signals that ask to stop.
-Resumed, a run must end with the same weights, optimizers and metrics, bit for bit, as one that nothing stopped.
+Killed runs: SIGKILL at random moments, at every line that writes and after every iteration, of the causal model's too,
+also twice, and the signals that ask to stop. Resumed, a run must end with the same weights, optimizers and metrics, bit for bit, as one that nothing stopped.
 Broken datasets: a script trains with finite numbers, or says one sentence and exits with status 2. What it refuses,
 `data/convert.py --check` calls wrong. Broken run folders: a script says one sentence, or goes on as if nothing was.
 
@@ -47,7 +47,9 @@ torch.optim.Adam([torch.zeros(1)])  # imports the greater part of torch
 sys.path.insert(0, str(toy.ROOT))
 
 SHORT = ["--no-cuda", "--batch-size", 8, "--hidden-dim", 8, "--eval-episodes", 1, "--final-episodes", 2]
+SHORT += ["--causal-iterations", 6, "--causal-batch-size", 8]
 TRAINING = ["--total-iterations", 12, "--eval-interval", 4]
+ITERATIONS = 6 + 12
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 SECONDS, MEGABYTES = 60, 2000  # what no case may exceed
 
@@ -237,6 +239,23 @@ def kill_at(number: int, moment: str) -> Callable[[], None]:
     return prepare
 
 
+def kill_after(number: int) -> Callable[[], None]:
+    """SIGKILL after so many iterations, those of the causal model first."""
+
+    def prepare() -> None:
+        update, count = tqdm.tqdm.update, []
+
+        def updated(self, *arguments):
+            count.append(arguments)
+            if len(count) == number:
+                die()
+            return update(self, *arguments)
+
+        tqdm.tqdm.update = updated
+
+    return prepare
+
+
 def load(run: Path) -> dict:
     """A checkpoint without the two arguments that say how the last process was called."""
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -277,7 +296,7 @@ def check_whole(run: Path, whole: Path) -> None:
 
 
 def killed_runs(args: Args, folder: Path, report: Report) -> None:
-    rng, wholes, files = np.random.default_rng(args.seed), {}, 1 + 4 + 3  # config, checkpoints, rows
+    rng, wholes, files = np.random.default_rng(args.seed), {}, 1 + 5 + 3  # config, checkpoints, rows
     flags = ["--env", "toy:matching", "--dataset", dataset(folder / "killed.npz"), *SHORT, *TRAINING]
     for script in toy.SCRIPTS:
         (folder / script).mkdir()
@@ -286,6 +305,7 @@ def killed_runs(args: Args, folder: Path, report: Report) -> None:
         wholes[script] = (toy.run_folder(folder / script), result.seconds)
 
     lines = [(n, moment) for n in range(1, files + 1) for moment in ("before", "half", "beside", "after")]
+    steps = [*range(1, ITERATIONS + 1)]
     cases: list[tuple] = []
     for k, script in enumerate(toy.SCRIPTS if args.kills else []):
         whole, seconds = wholes[script]
@@ -293,7 +313,13 @@ def killed_runs(args: Args, folder: Path, report: Report) -> None:
         def moments(number: int, times: int, seconds: float = seconds) -> list[dict]:
             return [{"after": [(rng.uniform(0, seconds), number)]} for _ in range(times)]
 
-        stops = [[{"prepare": kill_at(*line)}] for line in (lines[k::3] if args.short else lines)]
+        stops = [
+            [{"prepare": kill_at(*line), "where": "a line that writes"}]
+            for line in (lines[k::3] if args.short else lines)
+        ]
+        stops += [
+            [{"prepare": kill_after(step), "where": "an iteration"}] for step in (steps[k::3] if args.short else steps)
+        ]
         stops += [[stop] for stop in moments(signal.SIGKILL, args.kills)]
         stops += [moments(signal.SIGKILL, 2) for _ in range(args.kills)]
         stops += [[stop] for number in SIGNALS for stop in moments(number, -(-args.kills // 4))]
@@ -304,11 +330,11 @@ def killed_runs(args: Args, folder: Path, report: Report) -> None:
 def kill(script: str, place: Path, flags: list, whole: Path, kills: list[dict]) -> str:
     """Stop a run, perhaps twice, resume it until it is finished, and compare. Returns what was stopped."""
     place.mkdir()
-    name = "a line that writes" if "prepare" in kills[0] else "a random moment"
+    name = kills[0].get("where", "a random moment")
     numbers = {number for stop in kills for _, number in stop.get("after", [])} or {signal.SIGKILL}
     command, asked = flags, numbers - {signal.SIGKILL}
     for stop in [*kills, {}]:
-        result = call(script, place, *command, **stop)
+        result = call(script, place, *command, prepare=stop.get("prepare", lambda: None), after=stop.get("after", ()))
         runs = sorted((place / "runs").glob("*"), key=lambda run: run.stat().st_mtime_ns)
         for run in runs:
             check_whole(run, whole)
@@ -657,7 +683,7 @@ def broken_runs(args: Args, folder: Path, report: Report) -> None:
     for script in toy.SCRIPTS:
         for name, stop, data in (
             ("whole", {}, path),
-            ("young", {"prepare": kill_at(6, "before")}, path),
+            ("young", {"prepare": kill_at(7, "before")}, path),
             ("other", {}, other),
         ):
             place = folder / f"{name}-{script}"

@@ -21,7 +21,18 @@ from gymnasium import spaces
 from pettingzoo.utils.conversions import parallel_to_aec
 
 SHORT = ["--env", "toy:matching", "--no-cuda", "--batch-size", 16, "--hidden-dim", 8, "--total-iterations", 4]
-SHORT += ["--eval-interval", 2, "--eval-episodes", 1, "--final-episodes", 1]
+SHORT += [
+    "--causal-iterations",
+    2,
+    "--causal-batch-size",
+    16,
+    "--eval-interval",
+    2,
+    "--eval-episodes",
+    1,
+    "--final-episodes",
+    1,
+]
 T, E = 100, 20  # transitions and episodes of the toy dataset
 
 
@@ -95,7 +106,7 @@ def first_rows(rows):
     return arrays | {"timeouts": np.arange(rows) == rows - 1, "final_observations": np.zeros((1, 2, 2), np.float32)}
 
 
-STATES = np.zeros((T, 3), np.float32)
+STATES, OWNED = np.zeros((T, 3), np.float32), {"state_owner": [0, 1, -1]}
 CONTINUOUS = {
     # what is wrong: (arguments of `write`, words of the sentence)
     "no observations": ({"drop": ["observations"]}, ["lacks observations"]),
@@ -133,8 +144,14 @@ CONTINUOUS = {
         ["next_observations", "not the next row's"],
     ),
     "individual rewards of one agent": ({"individual_rewards": np.zeros(T, np.float32)}, ["individual_rewards"]),
-    "flat states": ({"states": np.zeros(T, np.float32)}, ["states", "[100]"]),
-    "states with too many dimensions": ({"states": np.zeros((T, 2, 2), np.float32)}, ["states", "[100, 2, 2]"]),
+    "flat states": ({"states": np.zeros(T, np.float32), "metadata": OWNED}, ["states", "[100]"]),
+    "states with too many dimensions": (
+        {"states": np.zeros((T, 2, 2), np.float32), "metadata": OWNED},
+        ["states", "[100, 2, 2]"],
+    ),
+    "owners of no states": ({"metadata": OWNED}, ["lacks states"]),
+    "causes of one agent": ({"shapley_rewards": np.zeros(T, np.float32)}, ["shapley_rewards", "[100]"]),
+    "nan in causes": ({"shapley_rewards": np.full((T, 2), np.nan, np.float32)}, ["shapley_rewards", "NaN"]),
     "text": ({"observations": np.full((T, 2, 2), "x")}, ["observations"]),
     "no transitions": ({name: array[:0] for name, array in arrays_of().items()}, ["cannot be used"]),
     "one transition": (first_rows(1), ["all rewards are equal"]),
@@ -152,8 +169,8 @@ CONTINUOUS = {
         {"rewards": arrays_of()["individual_rewards"].mean(1)},
         ["rewards are not the sum of individual_rewards"],
     ),
-    "owners of too few dimensions": ({"states": STATES, "metadata": {"state_owner": [0, 1]}}, ["state_owner", "3"]),
-    "owners of too many": ({"states": STATES, "metadata": {"state_owner": [0, 1, -1, -1]}}, ["state_owner", "3"]),
+    "owners of too few dimensions": ({"states": STATES, "metadata": {"state_owner": [0, 1]}}, ["states", "3]", "2]"]),
+    "owners of too many": ({"states": STATES, "metadata": {"state_owner": [0, 1, -1, -1]}}, ["states", "3]", "4]"]),
     "an owner beyond the agents": ({"states": STATES, "metadata": {"state_owner": [0, 2, -1]}}, ["state_owner"]),
     "an owner below nobody": ({"states": STATES, "metadata": {"state_owner": [0, -2, 1]}}, ["state_owner"]),
     "an owner's name": ({"states": STATES, "metadata": {"state_owner": [0, "agent_1", -1]}}, ["state_owner"]),
@@ -306,12 +323,27 @@ def test_rewards_of_any_size(factor, script, tmp_path, monkeypatch):
 
 
 def test_individual_rewards_only_where_they_are_needed(tmp_path, monkeypatch):
-    """A benchmark without individual rewards can be trained on; what needs them says so."""
+    """A benchmark without individual rewards can be trained on; what needs them, or causes, says so."""
     path = write(tmp_path / "team.npz", drop=["individual_rewards"])
-    for flag in ("--credit", "--causal-target"):
-        sentence = refused(tmp_path, *SHORT, "--dataset", path, flag, "truth", monkeypatch=monkeypatch)
-        assert str(path) in sentence and "individual_rewards" in sentence
+    for flag, kind, lacking in (
+        ("--credit", "truth", "individual_rewards"),
+        ("--causal-target", "truth", "individual_rewards"),
+        ("--credit", "oracle", "shapley_rewards"),
+    ):
+        sentence = refused(tmp_path, *SHORT, "--dataset", path, flag, kind, monkeypatch=monkeypatch)
+        assert f"{path} lacks {lacking}" in sentence
     assert toy.run("macca_omar", tmp_path, *SHORT, "--dataset", path, monkeypatch=monkeypatch)[0] == 0
+
+
+@pytest.mark.parametrize("script", toy.SCRIPTS)
+def test_oracle(script, tmp_path, monkeypatch):
+    """It trains on recorded causes, and on nothing else."""
+    path = write(
+        tmp_path / "data.npz", drop=["individual_rewards"], shapley_rewards=np.ones((T, 2), np.float32) * [1, 2]
+    )
+    flags = [*SHORT, "--dataset", path, "--credit", "oracle"]
+    status, _, stderr = toy.run(script, tmp_path, *flags, monkeypatch=monkeypatch)
+    assert status == 0, stderr
 
 
 def test_other_number_types_are_read(tmp_path, monkeypatch):
@@ -472,7 +504,9 @@ def test_masks_in_the_dataset_only(tmp_path, monkeypatch):
         (["--batch-size", -5], ["--batch-size is -5"]),
         (["--batch-size", 10**12], ["--batch-size is 1000000000000"]),
         (["--hidden-dim", 10**12], ["--hidden-dim is 1000000000000"]),
-        (["--causal-pretrain-iterations", -1], ["--causal-pretrain-iterations is -1"]),
+        (["--causal-iterations", 0], ["--causal-iterations is 0"]),
+        (["--causal-batch-size", 0], ["--causal-batch-size is 0"]),
+        (["--references", 0], ["--references is 0"]),
         (["--gamma", 2], ["--gamma is 2", "1"]),
         (["--gamma", -0.1], ["--gamma is -0.1"]),
         (["--gamma", "nan"], ["--gamma is nan"]),
@@ -480,7 +514,6 @@ def test_masks_in_the_dataset_only(tmp_path, monkeypatch):
         (["--learning-rate", -1], ["--learning-rate is -1"]),
         (["--target-rate", 1.5], ["--target-rate is 1.5"]),
         (["--h", 1.1], ["--h is 1.1"]),
-        (["--own-share", 1.1], ["--own-share is 1.1"]),
         (["--tau", 1.1], ["--tau is 1.1"]),
         (["--lambda1", -1], ["--lambda1 is -1"]),
         (["--anchor", -1], ["--anchor is -1"]),
@@ -647,13 +680,21 @@ def test_a_loss_that_is_not_finite(script, tmp_path, monkeypatch):
         return genuine(x * (torch.nan if count else 1.0), *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        toy.after(3, lambda: count.append(1), patch)
+        toy.after(2 + 3, lambda: count.append(1), patch)
         patch.setattr(torch.nn.functional, "relu", relu)
         status, _, stderr = toy.run(script, tmp_path / "later", *SHORT, "--dataset", dataset, monkeypatch=patch)
     run = toy.run_folder(tmp_path / "later")
     assert status == 2 and str(run.name) in stderr and "is nan at iteration 4" in stderr, stderr
     kept = torch.load(run / "checkpoint.pt", weights_only=True)
     assert kept["iteration"] == 2 and all(tensor.isfinite().all() for tensor in kept["nets"].values())
+
+
+def test_a_loss_of_the_causal_model_that_is_not_finite(tmp_path, monkeypatch):
+    """Nothing is credited by it."""
+    flags = [*SHORT, "--dataset", write(tmp_path / "data.npz"), "--causal-learning-rate", 1e9]
+    status, _, stderr = toy.run("macca_omar", tmp_path, *flags, monkeypatch=monkeypatch)
+    assert status == 2 and "causal_loss is" in stderr and "iteration 0" in stderr and "Traceback" not in stderr
+    assert torch.load(toy.run_folder(tmp_path) / "checkpoint.pt", weights_only=True)["iteration"] == -2
 
 
 def test_interrupted_with_a_loss_that_is_not_finite(tmp_path, monkeypatch):

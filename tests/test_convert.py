@@ -22,7 +22,7 @@ import tensorstore
 import toy
 
 sys.path.insert(0, str(toy.ROOT))
-from data import check, convert, files
+from data import check, convert, files, mpe
 
 VAULT = Path(__file__).resolve().parent / "vault" / "toy.vlt"
 SHIPPED = toy.ROOT / "data" / "datasets" / "mpe" / "simple_spread" / "expert.npz"
@@ -390,6 +390,47 @@ def test_one_step_and_a_time_limit(tmp_path):
     np.testing.assert_array_equal(arrays["observations"], rows["observations"][[0, 2, 3, 4, 5]])
     np.testing.assert_array_equal(arrays["final_observations"], rows["observations"][[0, 6]])
     assert arrays["terminals"].tolist() == [True] + 4 * [False] and arrays["timeouts"].tolist() == 4 * [False] + [True]
+
+
+def test_states_of_particle_tasks_are_factored(tmp_path):
+    """OMAR's files get the joint state, each number with its owner; other states and other sizes stay as they are."""
+    env, rng = mpe.BatchedEnv("simple_world_3v1", 8, prey="random"), np.random.default_rng(4)
+    seen, paid, actions = [env.reset(seed=1)], [], rng.uniform(-1, 1, (25, 8, 3, 2))
+    for action in actions:
+        obs, rewards = env.step(action)
+        seen.append(obs)
+        paid.append(rewards)
+    now, after = (np.stack(x, axis=1).reshape(200, 3, -1) for x in (seen[:-1], seen[1:]))
+    rows = {"obs": now, "next_obs": after, "acs": np.stack(actions, axis=1).reshape(200, 3, 2)}
+    rows |= {"rews": np.stack(paid, axis=1).reshape(200, 3), "dones": np.zeros((200, 3))}
+    (tmp_path / "omar").mkdir()
+    for name, array in rows.items():
+        for i in range(3):
+            np.save(tmp_path / "omar" / f"{name}_{i}.npy", array[:, i])
+    path = tmp_path / "data.npz"
+    flags = ["--quality", "y", "--overwrite", "--output", path]
+    states, owner = mpe.factored_states("simple_world_3v1", now)
+    assert states[:, -1].min() == 0 and states[:, -1].max() == 1  # the prey in a forest, and seen
+    status, stdout, stderr = run(tmp_path / "omar", "--env", "mpe/simple_world_3v1", *flags)
+    assert status == 0 and "added: states, from the observations" in stdout, stderr
+    arrays, metadata = load(path)
+    np.testing.assert_array_equal(arrays["states"], states)
+    assert metadata["state_owner"] == owner
+    assert run("--check", path)[0] == 0
+    for env_name in ("mpe/simple_tag", "x"):  # it observes other numbers, or is no particle task
+        assert run(tmp_path / "omar", "--env", env_name, *flags)[0] == 0
+        arrays, metadata = load(path)
+        assert "states" not in arrays and "state_owner" not in metadata
+
+    names = {"observations": "obs", "next_observations": "next_obs", "actions": "acs", "rewards": "rews"}
+    source = {ours: rows[theirs].astype(np.float32) for ours, theirs in names.items()}
+    source["timeouts"] = np.arange(200) % 25 == 24
+    for given, known in ((states, True), (states[:, :-1], False), (states + 1, False)):
+        np.savez(tmp_path / "source.npz", **source, states=given)
+        assert run(tmp_path / "source.npz", "--env", "mpe/simple_world_3v1", *flags)[0] == 0
+        arrays, metadata = load(path)
+        np.testing.assert_array_equal(arrays["states"], given)
+        assert metadata.get("state_owner") == (owner if known else None)
 
 
 def test_what_a_reward_per_agent_is(tmp_path):
@@ -1000,6 +1041,16 @@ FOUND = {
     "all forbidden": ("next", replace("next_action_masks", put((4, 0), False)), ["next_action_masks allow an agent"]),
     "sum": ("continuous", replace("rewards", put(6, 7)), ["not the sum of individual_rewards, in 1 rows"]),
     "mean": ("continuous", replace("rewards", lambda x: x / 2), ["not the sum of individual_rewards"]),
+    "causes": (
+        "continuous",
+        lambda arrays, metadata: arrays.update(shapley_rewards=arrays["individual_rewards"] + 1),
+        ["rewards are not the sum of shapley_rewards"],
+    ),
+    "causes of the team": (
+        "continuous",
+        lambda arrays, metadata: arrays.update(shapley_rewards=arrays["rewards"]),
+        ["shapley_rewards is float32 [37], expected float [37, 2]"],
+    ),
     "last row": ("next", replace("timeouts", put(-1, False)), ["the last row is not the end of an episode"]),
     "both": ("continuous", replace("terminals", put(4, True)), ["terminals and timeouts are both true, in 1 rows"]),
     "ends": ("continuous", replace("final_observations", lambda x: x[1:]), ["has 7 rows, but 8 episodes end"]),

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -127,8 +128,9 @@ def test_dynamics_are_those_of_mpe2(task):
                 np.testing.assert_allclose(obs[agent], expected[agent], atol=1e-6)
                 assert obs[agent].dtype == np.float32 and not terminated[agent]
                 assert truncated[agent] == (step == 24)
-            state = np.concatenate(list(obs.values()))
+            state = mpe.factored_states(task, np.stack(list(obs.values()))[None])[0][0]
             np.testing.assert_array_equal(ours.state(), state)
+            assert ours.state_space.contains(ours.state())
     theirs.close()
 
 
@@ -335,6 +337,115 @@ def test_which_prey(tmp_path):
         mpe.load_prey(tmp_path / "prey.npz")
 
 
+# ---- the factored state, and who caused the reward ----
+
+
+@pytest.mark.parametrize("name", mpe.TASKS)
+def test_factored_states_are_those_of_the_world(name):
+    """Against the true positions and velocities; the prey that nobody sees reads as zeros, in WORLD only."""
+    rng = np.random.default_rng(5)
+    env = mpe.BatchedEnv(name, 2000, prey="random")
+    env.reset(seed=3)
+    env.pos *= rng.choice([0.1, 0.5, 1.0], (2000, 1, 1))
+    env.vel = rng.uniform(-1, 1, env.vel.shape)
+    n, movers = env.task.num_agents, len(env.task.accel)
+    states, owner = mpe.factored_states(name, env.task.observations(env.pos, env.vel))
+    assert states.dtype == np.float32 and states.shape == (2000, len(owner))
+    assert owner == [*np.repeat(range(n), 4), *[-1] * (len(owner) - 4 * n)]
+    expected = [part for i in range(n) for part in (env.vel[:, i], env.pos[:, i])]
+    expected.append(env.pos[:, movers:].reshape(2000, -1))
+    hidden = 0
+    for prey in range(n, movers):
+        alone = np.zeros(2000, bool)
+        if "world" in name:  # the forests are the last two
+            reach = env.task.sizes[:movers, None] + env.task.sizes[-2:]
+            inside = np.hypot(*np.moveaxis(env.pos[:, :movers, None] - env.pos[:, None, -2:], -1, 0)) < reach
+            together = (inside[:, :n] & inside[:, prey, None]).any(axis=(1, 2))
+            alone = ~together & (inside[:, :n].any(axis=2).all(axis=1) | inside[:, prey].any(axis=1))
+        expected += [np.where(alone[:, None], 0, x[:, prey]) for x in (env.pos, env.vel)]
+        expected += [~alone[:, None]] if "world" in name else []
+        hidden += alone.sum()
+    np.testing.assert_allclose(states, np.concatenate(expected, axis=1), atol=1e-6)
+    assert hidden > 50 or "world" not in name
+
+
+def slow_shapley(name, positions, reward, references):
+    """The definition for one row: what each agent adds when it joins, mean over all orders of joining."""
+    task = mpe.make_task(name)
+
+    def value(coalition):
+        total = 0.0
+        for reference in references:
+            world = positions.copy()
+            for agent in set(range(task.num_agents)) - set(coalition):
+                world[agent] = reference[agent]
+            total += task.rewards(world).sum()
+        return total / len(references)
+
+    orders = [*itertools.permutations(range(task.num_agents))]
+    shares = np.zeros(task.num_agents)
+    for order in orders:
+        for place, agent in enumerate(order):
+            shares[agent] += (value(order[: place + 1]) - value(order[:place])) / len(orders)
+    return shares + (reward - shares.sum()) / task.num_agents
+
+
+def worlds(name, number=600, scale=0.5):
+    """(task, positions [number, M, 2], team rewards [number]) of random worlds, some of them crowded."""
+    env = mpe.BatchedEnv(name, number, prey="random")
+    env.reset(seed=6)
+    env.pos *= scale
+    return env.task, env.pos, env.task.rewards(env.pos).sum(axis=-1)
+
+
+@pytest.mark.parametrize("name", mpe.TASKS)
+def test_shapley_rewards_are_those_of_the_definition(name):
+    task, positions, rewards = worlds(name, scale=0.1 if "sparse" in name else 0.5)
+    references = positions[-7:, : task.num_agents]
+    shares = mpe.shapley_rewards(name, positions, rewards, references)
+    assert shares.shape == (600, task.num_agents) and shares.dtype == np.float32
+    np.testing.assert_allclose(shares.sum(axis=1), rewards, rtol=1e-5, atol=1e-4)
+    for row in range(4):
+        expected = slow_shapley(name, positions[row], rewards[row], references)
+        np.testing.assert_allclose(shares[row], expected, rtol=1e-4, atol=1e-4)
+    assert (shares.std(axis=1) > 0.01).mean() > 0.3
+    # What nobody caused is shared alike, also what comes on top of the task's reward.
+    more = mpe.shapley_rewards(name, positions, rewards + 3, references)
+    np.testing.assert_allclose(more, shares + 3 / task.num_agents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["simple_tag_local", "simple_world_local"])
+def test_shapley_rewards_of_own_parts_are_these_parts(name):
+    """Where every agent's part depends on its own position only, it gets that part, minus what it would have been with
+    the references' positions, plus the same for all."""
+    task, positions, rewards = worlds(name)
+    n = task.num_agents
+    references = positions[:5, :n]
+    shares = mpe.shapley_rewards(name, positions, rewards, references)
+    elsewhere = np.repeat(positions[:, None], 5, axis=1)
+    elsewhere[:, :, :n] = references
+    gained = task.rewards(positions) - task.rewards(elsewhere).mean(axis=1)
+    for values in (shares, gained):
+        values -= values.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(shares, gained, atol=1e-4)
+
+
+def test_shapley_rewards_by_hand():
+    """An agent that is where the references have it caused nothing; agents in the same place and case get the same."""
+    task, positions, _ = worlds("simple_spread", 50)
+    references = np.tile([[5.0, 5], [6, 6], [5, 5]], (4, 1, 1))
+    positions[:, 1] = references[0, 1]
+    positions[:, 2] = positions[:, 0]
+    rewards = task.rewards(positions).sum(axis=1)
+    shares = mpe.shapley_rewards("simple_spread", positions, rewards, references)
+    away = positions.copy()
+    away[:, :3] = references[0]
+    left = task.rewards(away).sum(axis=1)  # nobody caused it
+    np.testing.assert_allclose(shares[:, 1], left / 3, rtol=1e-3)
+    np.testing.assert_allclose(shares[:, 0], shares[:, 2], rtol=1e-3)
+    assert (shares[:, 0] - shares[:, 1] > 0.1).mean() > 0.3
+
+
 # ---- the collector ----
 
 
@@ -351,7 +462,12 @@ def check_file(data, env_name):
     if "individual_rewards" in data:
         assert data["individual_rewards"].shape == (transitions, num_agents)
         np.testing.assert_allclose(data["rewards"], data["individual_rewards"].sum(1), rtol=1e-5, atol=1e-4)
+    assert data["shapley_rewards"].shape == (transitions, num_agents) and data["shapley_rewards"].dtype == np.float32
+    np.testing.assert_allclose(data["rewards"], data["shapley_rewards"].sum(1), rtol=1e-5, atol=1e-4)
     metadata = json.loads(str(data["metadata"]))
+    states, owner = mpe.factored_states(env_name.removeprefix("mpe/"), data["observations"])
+    np.testing.assert_array_equal(data["states"], states)
+    assert metadata["state_owner"] == owner and "positions" not in data
     assert metadata["schema_version"] == "1" and metadata["env"] == env_name
     assert metadata["transitions"] == transitions and metadata["episodes"] == ends.sum()
     per_episode = data["rewards"].reshape(-1, 25).sum(1) / num_agents
@@ -384,8 +500,28 @@ def test_recording_is_reproducible(tmp_path, env_name, quality):
         assert first["actions"].shape == (250, 3, 2) and first["actions"].dtype == np.float32
         assert np.abs(first["actions"]).max() <= 1
         assert metadata["paper_expert_return"] == 516.526 and metadata["random_return"] < metadata["expert_return"]
-    if quality == "random":  # other actors in every episode: the spread between episodes' mean actions shows it
+    if quality == "random":  # other actors in every episode, and other actions in every step
         assert np.unique(first["actions"].reshape(10, -1), axis=0).shape[0] == 10
+        steps = first["actions"].reshape(10, 25, 3, -1)
+        assert steps.std(axis=1).min() > 0.3
+
+
+@pytest.mark.parametrize("env_name", ["mpe/simple_spread_sparse", "mpe/simple_world_local"])
+def test_states_and_causes_in_every_task(env_name, tmp_path):
+    """Also where only the team is paid, and with prey that nobody sees: states from the file's own observations, and
+    Shapley values that compare with rows of the file, so they do not depend on what was cut off."""
+    found = []
+    for transitions in (750, 760):
+        path = tmp_path / f"{transitions}.npz"
+        flags = ("--env", env_name, "--quality", "expert", "--transitions", transitions, "--output", path)
+        assert run_collect(*flags)[0] == 0
+        found.append(load(path))
+        assert check_file(found[-1], env_name)["transitions"] == 750
+    data = found[0]
+    np.testing.assert_array_equal(data["shapley_rewards"], found[1]["shapley_rewards"])
+    assert ("individual_rewards" in data) == ("sparse" not in env_name)
+    # The sparse reward takes all three agents, so each has caused about a third of it.
+    assert data["shapley_rewards"].std(axis=1).max() > 0.1 or "sparse" in env_name
 
 
 @pytest.mark.parametrize("env_name", ["mpe/simple_tag", "mpe/simple_spread_discrete"])

@@ -16,7 +16,11 @@ import pytest
 import torch
 import toy
 
+from causal_model import CausalModel
+
+CAUSAL = 15  # iterations of the causal model, which are counted up to 0
 SHORT = ["--env", "toy:matching", "--no-cuda", "--batch-size", 16, "--hidden-dim", 8]
+SHORT += ["--causal-iterations", CAUSAL, "--causal-batch-size", 16]
 SHORT += ["--eval-interval", 20, "--eval-episodes", 2, "--final-episodes", 3]
 
 
@@ -88,34 +92,74 @@ def power_cut():
 
 
 @pytest.mark.parametrize("script", toy.SCRIPTS)
-@pytest.mark.parametrize("graph, pretrain", [("dynamic", 0), ("fixed", 15)])
-def test_resumed_run_ends_with_the_same_weights(script, graph, pretrain, dataset, tmp_path, monkeypatch):
-    """Stopped by a signal between two evaluations, or cut off without a warning: resumed, it must end bit-identical."""
-    flags = [*SHORT, "--dataset", dataset, "--total-iterations", 50, "--graph", graph]
-    flags += ["--causal-pretrain-iterations", pretrain]
-    start(script, tmp_path / "whole", *flags, monkeypatch=monkeypatch)
-    whole = toy.run_folder(tmp_path / "whole")
-    assert [int(row["iteration"]) for row in rows(whole)] == [*range(20, 50 + pretrain, 20), 50 + pretrain]
+@pytest.mark.parametrize("graph, share", [("dynamic", "shapley"), ("fixed", "slots")])
+def test_resumed_run_ends_with_the_same_weights(script, graph, share, dataset, tmp_path, monkeypatch):
+    """Stopped by a signal or cut off without a warning: resumed, it must end bit-identical.
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    While the causal model is trained, when it is trained but nothing is credited yet, and between two evaluations.
+    """
+    flags = [*SHORT, "--dataset", dataset, "--total-iterations", 50, "--graph", graph, "--share", share]
+    credits, genuine = [], CausalModel.assign
+    monkeypatch.setattr(CausalModel, "assign", lambda *inputs: credits.append(genuine(*inputs)) or credits[-1])
+    start(script, tmp_path / "whole", *flags, monkeypatch=monkeypatch)
+    whole, expected = toy.run_folder(tmp_path / "whole"), credits[:]
+    assert [int(row["iteration"]) for row in rows(whole)] == [20, 40, 50]
+
+    def resume(folder, run):
+        credits.clear()
+        start(script, folder, "--no-cuda", "--resume", f"runs/{run.name}", monkeypatch=monkeypatch)
+        assert_same_runs(whole, run)
+        assert_same(credits, expected)  # they are not stored
+
+    for number, reached in ((signal.SIGINT, -8), (signal.SIGTERM, 0), (signal.SIGHUP, 33)):
         folder = tmp_path / number.name
         status, stdout, stderr = interrupted(
-            script, folder, 33, lambda number=number: signal.raise_signal(number), *flags, monkeypatch=monkeypatch
-        )
+            script, folder, CAUSAL + reached, lambda number=number: signal.raise_signal(number), *flags,
+            monkeypatch=monkeypatch,
+        )  # fmt: skip
         assert status == 128 + number, stderr
         stopped = toy.run_folder(folder)
-        assert load(stopped)["iteration"] == 33 and [row["iteration"] for row in load(stopped)["rows"]] == [20]
-        assert f"stopped at iteration 33; to go on: python {script}.py --resume runs/{stopped.name}" in stdout
-        start(script, folder, "--no-cuda", "--resume", f"runs/{stopped.name}", monkeypatch=monkeypatch)
-        assert_same_runs(whole, stopped)
+        assert load(stopped)["iteration"] == reached
+        assert [row["iteration"] for row in load(stopped)["rows"]] == [20] * (reached > 20)
+        assert f"stopped at iteration {reached}; to go on: python {script}.py --resume runs/{stopped.name}" in stdout
+        resume(folder, stopped)
 
-    for iterations, reached in ((5, 0), (35, 20)):
+    for iterations, reached in ((5, -CAUSAL), (CAUSAL + 5, 0), (CAUSAL + 35, 20)):
         folder = tmp_path / f"cut{iterations}"
         interrupted(script, folder, iterations, power_cut, *flags, monkeypatch=monkeypatch)
         cut = toy.run_folder(folder)
         assert load(cut)["iteration"] == reached
-        start(script, folder, "--no-cuda", "--resume", f"runs/{cut.name}", monkeypatch=monkeypatch)
-        assert_same_runs(whole, cut)
+        resume(folder, cut)
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_signal_while_a_file_is_written(number, dataset, tmp_path, monkeypatch):
+    """At any of them the run ends as asked and can go on: also when it was about to credit what it has learned."""
+    flags = [*SHORT, "--dataset", dataset, "--total-iterations", 30]
+    start("macca_cql", tmp_path / "whole", *flags, monkeypatch=monkeypatch)
+    (tmp_path / "run").mkdir()
+    genuine, count = type(tmp_path).replace, []
+
+    def replace(path, target):
+        count.append(path)
+        if len(count) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return genuine(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "replace", replace)
+        genuine_signal = signal.signal(signal.SIGTERM, lambda *_: None)  # before the run has its own handler
+        try:
+            status, stdout, stderr = toy.run("macca_cql", tmp_path / "run", *flags, monkeypatch=patch)
+        finally:
+            signal.signal(signal.SIGTERM, genuine_signal)
+    assert status in (0, 143) and "Traceback" not in stderr, stderr
+    run = toy.run_folder(tmp_path / "run")
+    assert (status == 0) == (number in (1, 6, 7))  # no handler yet, or the last iteration is done
+    if status:
+        assert "stopped at iteration" in stdout
+        start("macca_cql", tmp_path / "run", "--no-cuda", "--resume", run, monkeypatch=monkeypatch)
+    assert_same_runs(run, toy.run_folder(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("script", toy.SCRIPTS)
@@ -174,7 +218,7 @@ def test_only_the_checkpoint_is_read(name, content, dataset, tmp_path, monkeypat
     """What else is in a run folder cannot stop it or change what it computes; metrics.csv is made whole again."""
     flags = [*SHORT, "--dataset", dataset, "--total-iterations", 30]
     start("macca_cql", tmp_path / "whole", *flags, monkeypatch=monkeypatch)
-    interrupted("macca_cql", tmp_path / "cut", 25, power_cut, *flags, monkeypatch=monkeypatch)
+    interrupted("macca_cql", tmp_path / "cut", CAUSAL + 25, power_cut, *flags, monkeypatch=monkeypatch)
     run = toy.run_folder(tmp_path / "cut")
     (run / name).unlink() if content is None else (run / name).write_bytes(content)
     start("macca_cql", tmp_path / "cut", "--no-cuda", "--resume", run, monkeypatch=monkeypatch)
@@ -191,7 +235,7 @@ def test_files_are_replaced_whole(moment, dataset, tmp_path, monkeypatch):
     flags = [*SHORT, "--dataset", dataset, "--total-iterations", 30]
     start("macca_icq", tmp_path / "whole", *flags, monkeypatch=monkeypatch)
     whole, written = toy.run_folder(tmp_path / "whole"), []
-    for number in range(1, 8):
+    for number in range(1, 9):
         with monkeypatch.context() as patch:
             genuine, count = getattr(type(tmp_path), moment), []
 
@@ -222,7 +266,7 @@ def test_files_are_replaced_whole(moment, dataset, tmp_path, monkeypatch):
             start("macca_icq", folder, "--no-cuda", "--resume", run, monkeypatch=monkeypatch)
             assert_same_runs(run, whole)
             assert not list(run.glob("*.tmp"))
-    assert written == ["config", *["checkpoint"] * 2, "metrics", "checkpoint", "metrics"], written
+    assert written == ["config", *["checkpoint"] * 3, "metrics", "checkpoint", "metrics"], written
 
 
 # ---- signals, in a process of its own ----
@@ -297,7 +341,7 @@ def test_closed_pipe(dataset, tmp_path, monkeypatch):
     training.stdout.close()
     training.wait(timeout=60)
     run = toy.run_folder(tmp_path / "closed")
-    assert load(run)["iteration"] >= 20
+    assert load(run)["iteration"] >= 0  # the causal model is trained
     start("macca_cql", tmp_path / "closed", "--no-cuda", "--resume", run, monkeypatch=monkeypatch)
     assert_same_runs(run, toy.run_folder(tmp_path / "whole"))
 
@@ -356,7 +400,7 @@ def test_columns_of_all_rows(tmp_path, monkeypatch):
     path = toy.write(tmp_path / "data.npz", metadata={"env": "test_runs:Victories"})
     flags = [*SHORT[2:], "--env", "test_runs:Victories", "--dataset", path, "--total-iterations", 60]
     monkeypatch.setattr(Victories, "episodes", 0)
-    interrupted("macca_cql", tmp_path, 50, power_cut, *flags, monkeypatch=monkeypatch)
+    interrupted("macca_cql", tmp_path, CAUSAL + 50, power_cut, *flags, monkeypatch=monkeypatch)
     run = toy.run_folder(tmp_path)
     assert [row["won"] for row in rows(run)] == ["", "1.0"]
     start("macca_cql", tmp_path, "--no-cuda", "--resume", run, monkeypatch=monkeypatch)
