@@ -1,20 +1,18 @@
-# Paper: MACCA: Offline Multi-agent Reinforcement Learning with Causal Credit Assignment,
-#        https://openreview.net/forum?id=gwUOzI4DuV (Section 4; equation numbers below are the paper's)
+# Paper: https://openreview.net/forum?id=gwUOzI4DuV (Section 4; equation numbers below are the paper's)
 """The causal model of MACCA: which state and action dimensions cause which agent's reward, and how much each caused.
 
 The team reward is taken to be a sum of individual rewards that nobody recorded, each a function of a few dimensions of
-the joint state and joint action (Eq. 2). Two networks are fitted to the team reward alone:
+the joint state and joint action. Two networks are fitted to the team reward alone:
 
-    structure predictor  psi_g(s, a, i) -> masks c^i, one entry per state and action dimension        (Eq. 3)
-    reward predictor     psi_r(c^i * (s, a), i) -> the individual reward of agent i                   (Eq. 2)
-
+    structure predictor  psi_g(s, a, i) -> masks c^i, one entry per state and action dimension          (Eq. 3)
+    reward predictor     psi_r(c^i * (s, a), i) -> the individual reward of agent i                     (Eq. 2)
     loss    (R - sum_i psi_r(c^i * (s, a), i))^2 + lambda1 * ||c^{s->r}||_1 + lambda2 * ||c^{a->r}||_1  (Eq. 4, 5)
-    credit  Shapley: agent i's Shapley value in the learned sum R_hat = sum_i psi_r(1[c^i >= h] * (s, a), i)
-            slots:   r_hat^i = psi_r(1[c^i >= h] * (s, a), i)                                           (Eq. 6)
+    credit  slots:   r_hat^i = psi_r(1[c^i >= h] * (s, a), i)                                           (Eq. 6)
+            shapley: agent i's Shapley value in the learned sum R_hat = sum_i psi_r(1[c^i >= h] * (s, a), i)
 
-The loss determines the sum R_hat, but not whose its parts are. Eq. 6 is right where every part depends on one agent.
-The Shapley value asks the sum: by how much does R_hat change when agent i's own variables and action take the place of
-a reference's, on average over who else is there already? It also splits what several agents cause together.
+The loss determines the sum, but not whose its parts are. Eq. 6 is right where every part depends on one agent. The
+Shapley value asks the sum: by how much does it change when agent i's own variables and action take the place of a
+reference's, on average over who else is there already? It also splits what several agents cause together.
 
     model = CausalModel(num_agents=3, state_dim=18, action_dim=2, state_owner=[0] * 4 + [1] * 4 + [2] * 4 + [-1] * 6)
     model.fit_statistics(states, actions, team_rewards)             # once, from the dataset
@@ -40,9 +38,8 @@ def coalitions(num_agents: int) -> tuple[Tensor, Tensor]:
     four agents, of more two random ones and their reverses. Other orders for each transition would be reward noise.
     """
     g = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(num_agents, generator=g).tolist() for _ in range(2)]
-    orders += [order[::-1] for order in orders]
-    orders = [list(x) for x in itertools.permutations(range(num_agents))] if num_agents < 5 else orders
+    two = [torch.randperm(num_agents, generator=g).tolist() for _ in range(2)]
+    orders = [*itertools.permutations(range(num_agents))] if num_agents < 5 else [*two, *(x[::-1] for x in two)]
     sets = sorted({tuple(sorted(order[:size])) for order in orders for size in range(num_agents + 1)})
     members, weights = torch.zeros(len(sets), num_agents, dtype=torch.bool), torch.zeros(num_agents, len(sets))
     for number, coalition in enumerate(sets):
@@ -65,10 +62,8 @@ class CausalModel(nn.Module):
         share: `shapley`, or `slots` for Eq. 6.
         graph: `dynamic` masks depend on (s, a) (Eq. 3), `fixed` is one learned mask per agent, `full` is all ones.
         anchor: the price of an edge from another agent's dimension, as a multiple of the others'; in the paper 1.
-        lambda1, lambda2: L1 penalties on state and action edges (Eq. 5).
-        h: an edge counts at assignment when its probability is at least h (Eq. 6).
+        lambda1, lambda2: L1 penalties on state and action edges (Eq. 5). Less probable edges than h do not count.
         references: K, rows of the dataset that stand for the agents that are not in a coalition.
-        hidden_dim: of the reward predictor's three hidden layers.
     """
 
     def __init__(
@@ -91,31 +86,27 @@ class CausalModel(nn.Module):
             raise ValueError(f"graph is {graph!r} and share {share!r}, expected those of the docstring")
         if len(state_owner) != state_dim or not {*state_owner} <= {*range(-1, num_agents)}:
             raise ValueError(f"state_owner must name {state_dim} agents below {num_agents}, or -1 for nobody")
-        self.num_agents, self.state_dim, self.share, self.graph, self.h = num_agents, state_dim, share, graph, h
+        self.share, self.graph, self.h = share, graph, h
         num_parents = state_dim + num_agents * action_dim
-
         # The price of each edge: [N, D]
         owner = torch.cat([torch.as_tensor(state_owner), torch.arange(num_agents).repeat_interleave(action_dim)])
         foreign = (owner >= 0) & (owner != torch.arange(num_agents)[:, None])
         price = torch.where(torch.arange(num_parents) < state_dim, lambda1, lambda2)
         self.edge_price = nn.Buffer(price * torch.where(foreign, anchor, 1.0), persistent=False)
+        # What each coalition takes from the row itself, its members' own and what is nobody's: [C, D]
         members, weights = coalitions(num_agents)
-        # Which parents a coalition takes from the row itself, its members' own and nobody's: [C, D]
         self.kept = nn.Buffer((owner < 0) | members[:, owner], persistent=False)
         self.weights = nn.Buffer(weights, persistent=False)
-
-        # Statistics and references, stored with the weights: the model means nothing without them.
+        # Units and references are stored with the weights, which mean nothing without them.
         self.state_mean, self.state_std = nn.Buffer(torch.zeros(state_dim)), nn.Buffer(torch.ones(state_dim))
         self.reward_mean, self.reward_std = nn.Buffer(torch.zeros(())), nn.Buffer(torch.ones(()))
         self.references = nn.Buffer(torch.zeros(references, num_parents))
 
-        # psi_g. A free network for the gates collapses, so an edge's logit is a number of its own plus, for the dynamic
-        # graph, a bounded part that depends on (s, a, i) and starts at zero. What an agent's slot learns first it
-        # keeps, so the other agents' dimensions start half open, the others wide open.
+        # psi_g. A free network for the gates collapses: an edge's logit is a number plus, if `dynamic`, a bounded part
+        # of (s, a, i). What a slot learns first it keeps, so other agents' dimensions start half open only.
         self.edge_logits = nn.Parameter(torch.where(foreign, 0.0, 4.0))
         last = nn.Linear(64, num_agents * num_parents)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last.load_state_dict({name: torch.zeros_like(x) for name, x in last.state_dict().items()})
         self.edge_network = nn.Sequential(nn.Linear(num_parents, 64), nn.ReLU(), last, nn.Tanh())
 
         # psi_r: one network for all slots. A one-hot identity is a bias of the first layer for each agent.
@@ -124,14 +115,11 @@ class CausalModel(nn.Module):
         layers = [layer for _ in range(2) for layer in (nn.ReLU(inplace=True), nn.Linear(hidden_dim, hidden_dim))]
         self.reward_network = nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(hidden_dim, 1))
 
-    def parameter_groups(self, learning_rate: float = 1e-2, edge_learning_rate: float = 2e-2) -> list[dict]:
-        """Adam's parameter groups: psi_r, the edges' own logits, and the rest of psi_g at 1/40 of their rate."""
+    def parameter_groups(self, learning_rate: float = 1e-2) -> list[dict]:
+        """Adam's parameter groups: psi_r, the edges' own logits, and the rest of psi_g."""
         psi_r = [*self.first_layer.parameters(), self.identity, *self.reward_network.parameters()]
-        return [
-            {"params": psi_r, "lr": learning_rate},
-            {"params": [self.edge_logits], "lr": edge_learning_rate},
-            {"params": self.edge_network.parameters(), "lr": edge_learning_rate / 40},
-        ]
+        edges = [{"params": [self.edge_logits], "lr": 2e-2}, {"params": self.edge_network.parameters(), "lr": 5e-4}]
+        return [{"params": psi_r, "lr": learning_rate}, *edges]
 
     def fit_statistics(self, state: Tensor, action: Tensor, team_reward: Tensor) -> None:
         """Units and references from states [T, S], actions [T, N, A] and team rewards [T], the same for every seed."""
@@ -141,7 +129,7 @@ class CausalModel(nn.Module):
         self.reward_mean.copy_(team_reward.mean())
         self.reward_std.copy_(team_reward.std().clamp(min=1e-6))
         g = torch.Generator().manual_seed(0)
-        rows = torch.randint(len(state), (len(self.references),), generator=g).to(state.device)
+        rows = torch.randint(len(state), (len(self.references),), generator=g)
         self.references.copy_(self._parents(state[rows], action[rows]))
 
     def _parents(self, state: Tensor, action: Tensor) -> Tensor:
@@ -156,21 +144,17 @@ class CausalModel(nn.Module):
         varying = self.edge_network(parents).view(-1, *self.edge_logits.shape)
         return own + 5 * varying, varying
 
-    def _predict(self, parents: Tensor, masks: Tensor, alive: Tensor | None) -> Tensor:
-        """psi_r of masked parents [B, D] * [B or 1, N, D] (Eq. 2): standardised rewards [B, N], 0 for the dead."""
+    def _slots(self, parents: Tensor, alive: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
+        """psi_r of parents [B, D] * masks [B or 1, N, D], by default the edges that count (Eq. 6): standardised
+        rewards [B, N], 0 for the dead."""
+        masks = (torch.sigmoid(self._logits(parents)[0]) >= self.h).float() if masks is None else masks
         slots = self.reward_network(self.first_layer(parents[:, None] * masks) + self.identity).squeeze(2)
         return slots if alive is None else slots * alive
 
-    def _slots(self, parents: Tensor, alive: Tensor | None = None) -> Tensor:
-        """What the agents' slots say with the edges that count (Eq. 6): standardised rewards [B, N]."""
-        return self._predict(parents, (torch.sigmoid(self._logits(parents)[0]) >= self.h).float(), alive)
-
     def _shapley(self, parents: Tensor, alive: Tensor | None) -> Tensor:
-        """phi [B, N], the agents' Shapley values in the game v(S) = mean_k R_hat(own variables and actions of the
-        agents in S from this row, those of the other agents from reference k, what is nobody's from this row).
-        """
-        count = len(self.kept) * len(self.references)
-        phi = []
+        """phi [B, N], Shapley values in the game v(S) = mean_k R_hat(own variables and actions of the agents in S and
+        what is nobody's from this row, those of the other agents from reference k)."""
+        phi, count = [], len(self.kept) * len(self.references)
         for rows in torch.arange(len(parents), device=parents.device).split(4096 // count + 1):  # fits the cache
             mixed = torch.where(self.kept[:, None], parents[rows, None, None], self.references)  # [b, C, K, D]
             living = None if alive is None else alive[rows].repeat_interleave(count, dim=0)
@@ -182,11 +166,11 @@ class CausalModel(nn.Module):
     def probabilities(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Edge probabilities (Eq. 3) from states [B, S] and actions [B, N, A]: [B, N, S] and [B, N, N * A]."""
         edges = torch.sigmoid(self._logits(self._parents(state, action))[0]).expand(len(state), -1, -1)
-        return edges[..., : self.state_dim], edges[..., self.state_dim :]
+        return edges[..., : state.shape[1]], edges[..., state.shape[1] :]
 
     @torch.no_grad()
     def predict(self, state: Tensor, action: Tensor, alive: Tensor | None = None) -> Tensor:
-        """R_hat [B], the learned sum in the team reward's units."""
+        """R_hat [B], the learned sum, in the team reward's units."""
         return self._slots(self._parents(state, action), alive).sum(1) * self.reward_std + self.reward_mean
 
     @torch.no_grad()
@@ -208,27 +192,22 @@ class CausalModel(nn.Module):
     def loss(
         self, state: Tensor, action: Tensor, team_reward: Tensor, alive: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5), for the arguments of `assign`.
-
-        Returns the loss, and its squared-error part alone (detached), in units of the team reward's variance. After
-        the optimizer's step, call `project`.
-        """
+        """L_m of a minibatch (Eq. 4 with the L1 term of Eq. 5), for the arguments of `assign`; and its squared-error
+        part alone (detached), in units of the team reward's variance. After the optimizer's step, call `project`."""
         if team_reward.shape != state.shape[:1]:  # torch would broadcast it to a wrong loss
-            raise ValueError(f"team_reward has shape {list(team_reward.shape)}, expected {list(state.shape[:1])}")
+            raise ValueError(f"team_reward is {list(team_reward.shape)}, expected {list(state.shape[:1])}")
         parents = self._parents(state, action)
         logits, varying = self._logits(parents)
-        # Gates are drawn 0 or 1 (binary concrete), so that training and assignment see the same kind of mask: a soft
-        # gate could shrink towards 0, and with it the penalty, while the next layer's weights grow to undo it. The
-        # gradient passes straight through, as if the gate were the soft one.
+        # Gates are drawn 0 or 1 (binary concrete), with the gradient of the soft one: a soft gate could shrink towards
+        # 0, and with it the penalty, while the next layer's weights grow to undo it.
         uniform = torch.rand(len(parents), *logits.shape[1:], device=logits.device).clamp(1e-6, 1 - 1e-6)
         soft = torch.sigmoid(logits + torch.logit(uniform))
-        slots = self._predict(parents, (soft > 0.5).float() + soft - soft.detach(), alive)
+        slots = self._slots(parents, alive, (soft > 0.5).float() + soft - soft.detach())
         error = (slots.sum(1) - (team_reward - self.reward_mean) / self.reward_std).square().mean()
         if self.graph == "full":
             return error, error.detach()
-        # A gate is 1 with probability sigmoid(logit): this is the expected L1 norm of the drawn masks, without noise.
-        # An edge that comes and goes costs more, or it would close wherever its dimension is near 0 and does no harm.
-        # The price grows with what is explained: at first no edge has had a chance to prove its worth.
+        # The expected L1 norm of the drawn masks. An edge that comes and goes costs more, or it would close wherever
+        # its dimension is near 0. The price grows with what is explained: at first no edge has had a chance.
         penalty = (self.edge_price * (torch.sigmoid(logits) + varying.abs())).sum((1, 2)).mean()
         return error + (1 - error.detach()).clamp(min=0) * penalty, error.detach()
 
@@ -250,8 +229,8 @@ class CausalModel(nn.Module):
         """How dense the graph and how good the credit is, as scalars, for the arguments of `assign`.
 
         `state_density`, `action_density`: the share of edges that count. `team_nmse`: squared error of R_hat over the
-        team reward's variance. Against what agents are paid, and what they cause (the Shapley value of the true
-        reward function), both [B, N]: errors of the credit and of the even split, `paid_mse`, `paid_mae`,
+        team reward's variance. Compared with what agents are paid, and with what they cause (the Shapley value of the
+        true reward function), both [B, N]: errors of the credit and of the even split, `paid_mse`, `paid_mae`,
         `paid_even_mse`, `paid_even_mae`, and `paid_skill` = 1 - mse / even_mse: 1 is perfect, 0 no better than even.
         A constant per agent is no error, as no sum determines it. What is not defined is left out.
         """
@@ -262,9 +241,7 @@ class CausalModel(nn.Module):
         credit = self.assign(state, action, team_reward, alive)
         living = torch.ones_like(credit) if alive is None else alive.float()
         shares = {"": credit, "even_": team_reward[:, None] * living / living.sum(1, keepdim=True).clamp(min=1)}
-        for name, truth in (("cause", cause), ("paid", paid)):
-            if truth is None:
-                continue
+        for name, truth in ((n, x) for n, x in (("cause", cause), ("paid", paid)) if x is not None):
             for who, x in shares.items():
                 error = x - truth - (x - truth).mean(0)
                 report |= {f"{name}_{who}mse": error.square().mean(), f"{name}_{who}mae": error.abs().mean()}

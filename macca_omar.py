@@ -3,9 +3,9 @@
     python macca_omar.py --env mpe/simple_spread --dataset expert  # OMAR: https://arxiv.org/abs/2111.11188
 
 MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers are its).
-Read `update` first: it is the paper's Algorithm 1. Each agent has its own actor and twin critics, all
-computed at once, so weights and activations begin with the agent's dimension. Shapes: N agents,
-T transitions, B batch, O observation, A action, S joint state, K candidate actions.
+`update_causal_model`, `assign_credit` and `update` are Algorithm 1, one after the other. Each agent
+has its own actor and twin critics, all computed at once, so weights and activations begin with the
+agent's dimension. N agents, T transitions, B batch, O observation, A action, S joint state, K samples.
 """
 
 import signal
@@ -34,7 +34,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 from torch.optim import Adam
-from torch.optim.lr_scheduler import LinearLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -51,12 +50,12 @@ class Args:
     standardize_rewards: bool = True  # by one deviation, of all agents' rewards
     seed: int = 1  # of weights, minibatches and evaluation episodes
     cuda: bool = torch.cuda.is_available()  # train on the GPU
-    total_iterations: int = 3_000  # each one update of everything
+    total_iterations: int = 2_000  # each one update of actors and critics
     batch_size: int = 256  # transitions, each with all agents
     gamma: float = 0.95  # discount factor
-    learning_rate: float = 1e-3  # of actors and critics (Adam)
+    learning_rate: float = 1e-2  # of actors and critics (Adam)
     hidden_dim: int = 64  # width of the two hidden layers
-    layer_norm: bool = True  # in the critics
+    layer_norm: bool = False  # in the critics
     target_rate: float = 0.01  # Polyak step of the targets
     max_grad_norm: float = 0.5  # gradient clipping, per agent
     eval_interval: int = 1_000  # between evaluations and checkpoints
@@ -72,7 +71,6 @@ class Args:
     h: float = 0.1  # less probable edges do not count in the credit (Eq. 6)
     references: int = 8  # rows that stand for absent agents (Shapley)
     causal_iterations: int = 3_000  # of its training, before that of the policies
-    causal_batch_size: int = 512  # transitions in each
     causal_learning_rate: float = 1e-2  # of the reward predictor, falls to 0
     # Algorithm specific
     alpha: float = 1.0  # weight of the conservative penalty (Eq. 7)
@@ -247,9 +245,8 @@ def assign_credit(data: Batch, args: Args, causal_model: CausalModel) -> Tensor:
     """What each agent is paid for each transition [T, N]: its share, or a control."""
     if args.credit == "macca":  # line 4 of Algorithm 1
         inputs = (*causal_inputs(data), data["rewards"], data["alive"])
-        parts = zip(*(x.split(1000) for x in inputs), strict=True)
-        total = len(data["rewards"]) // 1000
-        return torch.cat([causal_model.assign(*part) for part in tqdm(parts, "credit", total, unit="k")])
+        parts = list(zip(*(x.split(1000) for x in inputs), strict=True))
+        return torch.cat([causal_model.assign(*part) for part in tqdm(parts, "credit", unit="k")])
     if args.credit in ("truth", "oracle"):
         return data["individual_rewards" if args.credit == "truth" else "shapley_rewards"]
     rewards, alive = data["rewards"][:, None] * data["alive"], data["alive"]
@@ -257,12 +254,8 @@ def assign_credit(data: Batch, args: Args, causal_model: CausalModel) -> Tensor:
 
 
 def standardize(rewards: Tensor, alive: Tensor, center: Tensor) -> Tensor:
-    """Rewards [T, N] over one standard deviation, that of all agents' together, centered before if `center`.
-
-    A scale for each agent would blow up the rewards of one that earns nothing.
-    """
-    living = rewards[alive]
-    std, mean = living.std(), living.mean()
+    """Rewards [T, N] in units of the deviation of all agents' rewards, centered before if `center`."""
+    mean, std = rewards[alive].mean(), rewards[alive].std()  # one scale: an agent's own may be 0
     scale = torch.maximum(std, 0.1 * mean.abs() * ~center)  # std may be near 0
     return (rewards - mean * center) * alive / (scale + 1e-6)
 
@@ -412,8 +405,7 @@ def zeroth_order_actions(x: Tensor, pi: Tensor, critic: Critic, args: Args) -> T
         weights = q[..., :-1].softmax(2)[..., None]  # refit the Gaussian to the good samples
         mean = (weights * samples).sum(2, keepdim=True)
         std = (weights * (samples - mean).square()).sum(2, keepdim=True).sqrt()
-    best = q.argmax(2)[..., None, None].expand_as(own)
-    return candidates.gather(2, best).squeeze(2)
+    return candidates.gather(2, q.argmax(2)[..., None, None].expand_as(own)).squeeze(2)
 
 
 def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]:
@@ -439,7 +431,7 @@ def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]
 
 
 # === End of the algorithm ===
-def update_causal_model(batch: Batch, causal_model, optimizers) -> Batch:
+def update_causal_model(batch: Batch, causal_model: CausalModel, optimizers) -> Batch:
     """Line 5 of Algorithm 1 (Eq. 4, 5) on one minibatch."""
     loss, error = causal_model.loss(*causal_inputs(batch), batch["rewards"], batch["alive"])
     optimizers["causal"].zero_grad()
@@ -463,7 +455,7 @@ def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalMode
     """Everything that learns, on the device of the data."""
     nets = Networks(data, args).to(data["rewards"].device)
     (states, actions), (n, observation_dim) = causal_inputs(data), data["observations"].shape[1:]
-    observer = [agent for agent in range(n) for _ in range(observation_dim)]
+    observer = torch.arange(n).repeat_interleave(observation_dim).tolist()
     owner = metadata["state_owner"] if "states" in data else observer
     options = (args.share, args.graph, args.anchor, args.lambda1, args.lambda2, args.h, args.references)
     causal_model = CausalModel(n, states.shape[1], nets.action_dim, owner, *options).to(states.device)
@@ -473,8 +465,8 @@ def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalMode
         "critic": Adam(nets.critic.parameters(), lr=args.learning_rate, fused=True),
         "actor": Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True),
     }
-    optimizers["schedule"] = LinearLR(optimizers["causal"], 1.0, 0.0, args.causal_iterations)
-    return nets, causal_model, optimizers
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizers["causal"], 1.0, 0.0, args.causal_iterations)
+    return nets, causal_model, optimizers | {"schedule": schedule}
 
 
 def write(path: Path, content: bytes) -> None:
@@ -526,11 +518,11 @@ if __name__ == "__main__":
         nets, causal_model, optimizers = build(args, data, metadata)
     except Exception as error:  # of many kinds
         require(False, f"the dataset {path} cannot be used: {error}")
-    allowed = data.get("action_masks", data["alive"]).all()
-    require(gives_masks or allowed, f"{path} has action masks, --env {args.env} has none")
+    free = data.get("action_masks", data["alive"]).all()  # every action is allowed
+    require(gives_masks or free, f"{path} has action masks, --env {args.env} has none")
     modules = {"nets": nets, "causal_model": causal_model, **optimizers}
-    first = -args.causal_iterations if args.credit == "macca" else 0  # those of the causal model
-    last_iteration, iteration, rows, logs, report = args.total_iterations, first, [], {}, {}
+    first, last_iteration = -args.causal_iterations * (args.credit == "macca"), args.total_iterations
+    iteration, rows, logs, report = first, [], {}, {}  # below 0 the causal model learns
     if args.resume:
         require(checkpoint["dataset_sha256"] == digest, f"{run} had another dataset than {path}")
         for name, module in modules.items():
@@ -570,13 +562,13 @@ if __name__ == "__main__":
             content = buffer.getvalue()
             write(run / "checkpoint.pt", content + hashlib.sha256(content).digest())
         if iteration >= 0 and "credit" not in data and (due or not stop):
-            credit = assign_credit(data, args, causal_model)
-            standard = standardize(credit, data["alive"], nets.center)
-            data["credit"] = standard if args.standardize_rewards else credit
+            data["credit"] = assign_credit(data, args, causal_model)
+            if args.standardize_rewards:
+                data["credit"] = standardize(data["credit"], data["alive"], nets.center)
             if args.credit == "macca":  # how good it is on held-out episodes
+                paid, cause = (held_out.get(name) for name in ("individual_rewards", "shapley_rewards"))
                 inputs = (*causal_inputs(held_out), held_out["rewards"], held_out["alive"])
-                truths = (held_out.get(name) for name in ("individual_rewards", "shapley_rewards"))
-                report = causal_model.report(*inputs, *truths)
+                report = causal_model.report(*inputs, paid, cause)
                 shown = [f"{name} {x:.3g}" for name, x in report.items() if name.endswith(("nmse", "skill"))]
                 progress.write(f"credit: {', '.join(shown)}")
         if due and all(row["iteration"] != iteration for row in rows):
@@ -597,10 +589,8 @@ if __name__ == "__main__":
             progress.write(f"iteration {iteration}: {', '.join(f'{name} {row[name]:.3g}' for name in names)}")
         if over:
             break
-        if iteration < 0:
-            logs = update_causal_model(sample(data, args.causal_batch_size), causal_model, optimizers)
-        else:
-            logs = update(sample(data, args.batch_size), nets, optimizers, args)
+        batch, causal = sample(data, args.batch_size), iteration < 0
+        logs = update_causal_model(batch, causal_model, optimizers) if causal else update(batch, nets, optimizers, args)
         iteration += 1
         progress.update()
     progress.close()

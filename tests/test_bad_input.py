@@ -21,18 +21,7 @@ from gymnasium import spaces
 from pettingzoo.utils.conversions import parallel_to_aec
 
 SHORT = ["--env", "toy:matching", "--no-cuda", "--batch-size", 16, "--hidden-dim", 8, "--total-iterations", 4]
-SHORT += [
-    "--causal-iterations",
-    2,
-    "--causal-batch-size",
-    16,
-    "--eval-interval",
-    2,
-    "--eval-episodes",
-    1,
-    "--final-episodes",
-    1,
-]
+SHORT += ["--causal-iterations", 2, "--eval-interval", 2, "--eval-episodes", 1, "--final-episodes", 1]
 T, E = 100, 20  # transitions and episodes of the toy dataset
 
 
@@ -325,12 +314,8 @@ def test_rewards_of_any_size(factor, script, tmp_path, monkeypatch):
 def test_individual_rewards_only_where_they_are_needed(tmp_path, monkeypatch):
     """A benchmark without individual rewards can be trained on; what needs them, or causes, says so."""
     path = write(tmp_path / "team.npz", drop=["individual_rewards"])
-    for flag, kind, lacking in (
-        ("--credit", "truth", "individual_rewards"),
-        ("--causal-target", "truth", "individual_rewards"),
-        ("--credit", "oracle", "shapley_rewards"),
-    ):
-        sentence = refused(tmp_path, *SHORT, "--dataset", path, flag, kind, monkeypatch=monkeypatch)
+    for credit, lacking in (("truth", "individual_rewards"), ("oracle", "shapley_rewards")):
+        sentence = refused(tmp_path, *SHORT, "--dataset", path, "--credit", credit, monkeypatch=monkeypatch)
         assert f"{path} lacks {lacking}" in sentence
     assert toy.run("macca_omar", tmp_path, *SHORT, "--dataset", path, monkeypatch=monkeypatch)[0] == 0
 
@@ -505,7 +490,6 @@ def test_masks_in_the_dataset_only(tmp_path, monkeypatch):
         (["--batch-size", 10**12], ["--batch-size is 1000000000000"]),
         (["--hidden-dim", 10**12], ["--hidden-dim is 1000000000000"]),
         (["--causal-iterations", 0], ["--causal-iterations is 0"]),
-        (["--causal-batch-size", 0], ["--causal-batch-size is 0"]),
         (["--references", 0], ["--references is 0"]),
         (["--gamma", 2], ["--gamma is 2", "1"]),
         (["--gamma", -0.1], ["--gamma is -0.1"]),

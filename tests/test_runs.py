@@ -20,7 +20,7 @@ from causal_model import CausalModel
 
 CAUSAL = 15  # iterations of the causal model, which are counted up to 0
 SHORT = ["--env", "toy:matching", "--no-cuda", "--batch-size", 16, "--hidden-dim", 8]
-SHORT += ["--causal-iterations", CAUSAL, "--causal-batch-size", 16]
+SHORT += ["--causal-iterations", CAUSAL]
 SHORT += ["--eval-interval", 20, "--eval-episodes", 2, "--final-episodes", 3]
 
 

@@ -739,6 +739,7 @@ def test_the_scripts_run(smax, dataset, monkeypatch, tmp_path, name):
     monkeypatch.setattr(sys, "path", sys.path[:])  # make_env appends to it
     flags = ["--env", "smax/3m", "--dataset", dataset, "--no-cuda", "--total-iterations", 4, "--eval-interval", 2]
     small = ["--hidden-dim", 16, "--batch-size", 32, "--eval-episodes", 2, "--final-episodes", 2]
+    small += ["--causal-iterations", 2]
     status, stdout, stderr = toy.run(name, tmp_path, *flags, *small, monkeypatch=monkeypatch)
     assert status == 0, stderr
     with open(toy.run_folder(tmp_path) / "metrics.csv") as file:
@@ -746,7 +747,7 @@ def test_the_scripts_run(smax, dataset, monkeypatch, tmp_path, name):
     assert [int(row["iteration"]) for row in rows] == [2, 4] and "won" in stdout + stderr
     for row in rows:
         assert float(row["won"]) in (0, 0.5, 1) and np.isfinite(float(row["score"]))
-        assert 0 <= float(row["return"]) <= 20 / 3 + 1e-3 and np.isfinite(float(row["credit_skill"]))
+        assert 0 <= float(row["return"]) <= 20 / 3 + 1e-3 and np.isfinite(float(row["paid_skill"]))
 
 
 def test_recording_loads_no_torch(smax, by_hand, dataset, tmp_path):
