@@ -74,7 +74,7 @@ class Args:
     causal_learning_rate: float = 1e-2  # of the reward predictor, falls to 0
     # Algorithm specific
     expectile: float = 0.7  # of the critic's error (Eq. 9): 0.5 is the mean, near 1 the best
-    beta: float = 0.01  # temperature of the actor's weights: small, only the best; 1e6, behavior cloning
+    beta: float = 0.3  # temperature of the actor's weights: small, only the best; 1e6, behavior cloning
 
 
 RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9)}

@@ -1,6 +1,6 @@
 """Draw the learning curves of a table: mean return over seeds, with the range, against iterations.
 
-python paper/curves.py cn-pilot-length     # paper/results/cn-pilot-length.csv -> .png beside it
+python paper/curves.py credit-cn-expert     # paper/results/credit-cn-expert.csv -> .png beside it
 """
 
 from typing import Annotated

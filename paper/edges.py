@@ -1,12 +1,14 @@
 """Train with one of the scripts and record its causal graph, which paper/pictures.py draws (the paper's Figure 3).
 
-    python paper/edges.py macca_icq.py --dataset expert --eval-interval 500      # the script's own arguments follow it
+    python paper/edges.py macca_icq.py --dataset expert --seed 3      # the script's own arguments follow it
     python paper/pictures.py runs/RUN
 
 The run folder gets an edges.npz: `edges` [moments, N, S + N A], the mean probability of every edge, and `iterations`
-[moments]. The moments are the beginning, on the first minibatch, and every evaluation, on the held-out transitions.
+[moments], those of the causal model. The moments are every 500th iteration while it learns, on the minibatch, and the
+end, on the held-out transitions.
 """
 
+import itertools
 import os
 import runpy
 import sys
@@ -16,20 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import ROOT, SCRIPTS, fail, read
+from rows import ROOT, SCRIPTS, fail
 
 sys.path.insert(0, str(ROOT))
 from causal_model import CausalModel
 
-edges: list[np.ndarray] = []
+edges: dict[int, np.ndarray] = {}  # by iteration
+iterations = itertools.count()
 
 
-def recording(method: Callable, always: bool) -> Any:
-    """A method of the causal model that first notes the mean probability of every edge: `always`, or once only."""
+def recording(method: Callable, interval: int) -> Any:
+    """A method of the causal model that first notes the mean probability of every edge, at every `interval`-th call."""
 
     def wrapper(self, state, action, *rest):
-        if always or not edges:
-            edges.append(torch.cat(self.probabilities(state, action), dim=2).mean(0).cpu().numpy())
+        iteration = next(iterations)
+        if iteration % interval == 0:
+            edges[iteration] = torch.cat(self.probabilities(state, action), dim=2).mean(0).cpu().numpy()
         return method(self, state, action, *rest)
 
     return wrapper
@@ -44,13 +48,12 @@ if __name__ == "__main__":
         fail(f"the first argument is {name}, expected one of {', '.join(SCRIPTS)}")
     if any(word.startswith("--resume") for word in sys.argv):
         fail("a resumed run has no edges of its first part; start a new run")
-    CausalModel.loss = recording(CausalModel.loss, always=False)  # the first one: nothing is learned yet
-    CausalModel.report = recording(CausalModel.report, always=True)  # in an evaluation
+    CausalModel.loss = recording(CausalModel.loss, 500)
+    CausalModel.report = recording(CausalModel.report, 1)  # called once, after the last loss
     sys.argv = sys.argv[1:]
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     finally:  # an interrupted run keeps its edges too
         runs = sorted(Path("runs").glob(f"*-{os.getpid()}"))
         if edges and runs:
-            iterations = [0, *(int(row["iteration"]) for row in read(runs[-1] / "metrics.csv"))]
-            np.savez(runs[-1] / "edges.npz", iterations=iterations, edges=np.array(edges[: len(iterations)]))
+            np.savez(runs[-1] / "edges.npz", iterations=[*edges], edges=np.array([*edges.values()]))

@@ -36,7 +36,7 @@ from causal_model import CausalModel
 
 PATH = RESULTS / "identification.csv"
 TRAIN, HELD_OUT, REFERENCES = 54_000, 2_000, 64
-STEPS, BATCH, HIDDEN = 2_000, 512, 64  # half as many steps again for (b) and (c)
+STEPS, BATCH, HIDDEN, RATE = 2_000, 512, 64, 1e-3  # half as many steps again for (b) and (c)
 
 # name -> how the problem is drawn; what is not named is as in `draw`
 ROWS: dict[str, dict[str, Any]] = {
@@ -237,7 +237,7 @@ class Masked(nn.Module):
         if self.shared:
             slow = {"eps": 1e-5, "weight_decay": 1e-5}
             return [{"params": self.predictor.parameters(), "lr": 5e-2, **slow}, {"params": [self.mask], "lr": 5e-4}]
-        return [{"params": [*self.predictor.parameters(), *self.mask_network.parameters()], "lr": 1e-3}]
+        return [{"params": [*self.predictor.parameters(), *self.mask_network.parameters()], "lr": RATE}]
 
     def forward(self, x: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
         """[B, D] -> individual rewards [B, N] and masks [B or 1, N, D]."""
@@ -263,7 +263,9 @@ def train(groups: list[dict], loss, steps: int, project=lambda: None) -> None:
         project()
 
 
-def fit(problem: Problem, method: str, steps: int, cause: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+def fit(
+    problem: Problem, method: str, steps: int, cause: Tensor
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """Credit [HELD_OUT, N] by method, predicted team reward [HELD_OUT] and edges [HELD_OUT or 1, N, D]."""
     state, action, team = problem.state, problem.action, problem.reward
     agents, held = action.shape[1], slice(TRAIN, None)
@@ -271,7 +273,7 @@ def fit(problem: Problem, method: str, steps: int, cause: Tensor) -> tuple[dict[
     parents = torch.cat([state, action.flatten(1)], dim=1)  # unit scale by construction
     if method in ("even split", "cause vs paid"):
         even = team[held, None].expand(-1, agents) / agents
-        return {method: even if method == "even split" else cause}, torch.full_like(team[held], torch.nan), None
+        return {method: even if method == "even split" else cause}, None, None
     if method == "ridge":
         # Appendix D: r_i = W phi(s, a, i), the sum over i fitted in closed form; phi: 1,000 random Fourier features.
         frequency = torch.randn(parents.shape[1] + agents, 1000) / 3
@@ -306,9 +308,11 @@ def fit(problem: Problem, method: str, steps: int, cause: Tensor) -> tuple[dict[
     sizes = agents, state.shape[1], action.shape[2]
     ours = CausalModel(*sizes, owner, graph=graph, references=32, hidden_dim=HIDDEN)
     ours.fit_statistics(state[:TRAIN], action[:TRAIN], team[:TRAIN])
-    train(
-        ours.parameter_groups(), lambda rows: ours.loss(state[rows], action[rows], team[rows])[0], steps, ours.project
-    )
+
+    def loss(rows: Tensor) -> Tensor:
+        return ours.loss(state[rows], action[rows], team[rows])[0]
+
+    train(ours.parameter_groups(RATE), loss, steps, ours.project)
     sample = state[held], action[held]
     credit = {method: ours.assign(*sample, team[held])}
     if method == "shapley":
@@ -328,10 +332,11 @@ def r2(credit: Tensor, truth: Tensor) -> float:
     return float((1 - (credit - truth).square().mean(0) / truth.square().mean(0)).mean())
 
 
-def measure(problem: Problem, credit: Tensor, predicted: Tensor, edges: Tensor | None, cause: Tensor) -> dict:
+def measure(problem: Problem, cause: Tensor, credit: Tensor, predicted: Tensor | None, edges: Tensor | None) -> dict:
     """Everything on held-out samples. Where the team reward is no sum, nobody was paid."""
-    held = slice(TRAIN, None)
-    row = {"team_nmse": float((predicted - problem.reward[held]).square().mean() / problem.reward[held].var())}
+    held, row = slice(TRAIN, None), {}
+    if predicted is not None:
+        row["team_nmse"] = float((predicted - problem.reward[held]).square().mean() / problem.reward[held].var())
     if credit is not cause:
         row["r2_cause"] = r2(credit, cause)
     if problem.team is TEAMS["sum"]:
@@ -361,12 +366,12 @@ def job(key: tuple[str, str, int], steps: int) -> list[dict[str, str]]:
     torch.manual_seed(seed)
     started = time.monotonic()
     credits, predicted, edges = fit(problem, fitted, steps, cause)
-    seconds, rows = time.monotonic() - started, []
+    seconds, rows = f"{time.monotonic() - started:.1f}", []
     for method, credit in credits.items():
-        measured = measure(problem, credit, predicted, edges, cause)
-        row = {"row": name, "method": method, "draw": str(seed), "steps": str(steps)}
-        row |= {key: f"{measured[key]:.4f}" if math.isfinite(measured.get(key, math.nan)) else "" for key in COLUMNS}
-        rows.append({**row, "seconds": f"{seconds:.1f}"})
+        measured = measure(problem, cause, credit, predicted, edges)
+        scores = {column: f"{measured[column]:.4f}" if column in measured else "" for column in COLUMNS}
+        rows.append({"row": name, "method": method, "draw": str(seed), "steps": str(steps)} | scores)
+        rows[-1]["seconds"] = seconds
     return rows
 
 
@@ -380,11 +385,13 @@ def show(rows: list[dict[str, str]]) -> None:
         for row in rows:
             if row[column]:
                 found.setdefault((row["row"], row["method"]), []).append(float(row[column]))
-        methods = [method for method in METHODS if any(key[1] == method for key in found)]
-        problems = [name for name in ROWS if any(key[0] == name for key in found)]
+        methods, cells = [method for method in METHODS if any(key[1] == method for key in found)], []
+        for name in ROWS:
+            values = [found.get((name, method), []) for method in methods]
+            draws = "/".join(str(n) for n in sorted({len(x) for x in values if x}))
+            cells += [[name, draws, *(mean_std(x, 3) for x in values)]] if draws else []
         print()
-        cells = [[name, *(mean_std(found.get((name, method), []), 3) for method in methods)] for name in problems]
-        print_table([title, *methods], cells)
+        print_table([title, "draws", *methods], cells)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,9 @@ plain_assign = CausalModel.assign
 
 
 def rolled(
-    self: CausalModel,
-    state: Tensor,
-    action: Tensor,
-    team_reward: Tensor | None = None,
-    alive: Tensor | None = None,
+    self: CausalModel, state: Tensor, action: Tensor, team_reward: Tensor, alive: Tensor | None = None
 ) -> Tensor:
-    """The credit [B, N] of Eq. 6, agent i's given to agent i + 1 and the last one's to the first."""
+    """The credit [B, N], agent i's given to agent i + 1 and the last one's to the first."""
     return plain_assign(self, state, action, team_reward, alive).roll(1, dims=1)
 
 

@@ -1,7 +1,7 @@
 """Run a table of paper/tables.py: many trainings side by side, one CSV row each, and what the seeds say together.
 
-    python paper/runs.py cn-medium                   # run what paper/results/cn-medium.csv lacks, then print the table
-    python paper/runs.py cn-medium --show            # print the table only
+    python paper/runs.py credit-cn-expert            # run what its file in paper/results lacks, then print the table
+    python paper/runs.py credit-cn-expert --show     # print the table only
     python paper/runs.py paper-settings --commands   # print the command of every row: here the paper's Tables 9 and 10
 
 A run is a script with its arguments and a seed. It is skipped if the file has a row with the same command, so a table
@@ -31,8 +31,9 @@ import tyro
 from tables import TABLES
 from tqdm import tqdm
 
-KEPT = ["return", "score", "score_paper", "won", "team_nmse", "credit_mse", "credit_mae", "credit_rank", "credit_skill"]
-KEPT += ["even_mse", "even_mae", "state_density", "action_density"]
+KEPT = ["return", "score", "score_paper", "won", "team_nmse", "cause_skill", "paid_skill", "cause_mse"]
+KEPT += ["cause_even_mse", "paid_mse", "paid_mae", "paid_even_mse", "paid_even_mae"]
+KEPT += ["state_density", "action_density"]
 
 
 @dataclass
@@ -186,7 +187,7 @@ def show(table: str) -> None:
     head = ["", "seeds", "iterations", "last policy", "best evaluation"]
     body, older = [], []
     for label in labels:
-        seeds, skill = runs[label], rows.numbers(runs[label], "credit_skill")
+        seeds, skill = runs[label], rows.numbers(runs[label], "cause_skill")
         body.append(
             [
                 label,
@@ -200,7 +201,7 @@ def show(table: str) -> None:
         )
         if any(row["command"] != f"python {commands[label]} --seed {seed}" for seed, row in seeds.items()):
             older.append(label)
-    rows.print_table([*head, f"minus {labels[0]} (95 % interval)", "credit skill"], body)
+    rows.print_table([*head, f"minus {labels[0]} (95 % interval)", "cause skill"], body)
     if older:
         print(f"\nThese rows were recorded with another command than paper/tables.py has now: {'; '.join(older)}.")
 

@@ -1,4 +1,4 @@
-"""How fast is an iteration, what does the causal model cost, and how much memory does a dataset take?
+"""How fast are the iterations of the causal model and of the policy, and the credit; how much memory do data take?
 
     python paper/speed.py --script macca_omar --threads 1
     python paper/speed.py --transitions 1000000        # a made-up dataset of Cooperative Navigation's sizes
@@ -9,6 +9,7 @@ Times start after a burn-in; figures compared with each other are measured in tu
 """
 
 import importlib
+import json
 import resource
 import statistics
 import sys
@@ -53,7 +54,7 @@ class Args:
 
 
 def made_up(path: Path, steps: int, env) -> None:
-    """A dataset of the environment's shapes, filled with noise, episodes of 25; with joint states where discrete."""
+    """A dataset of the environment's shapes, filled with noise, episodes of 25; with joint states if it has them."""
     noise, agents = np.random.default_rng(0), len(env.possible_agents)
     space, seen = env.action_space(env.possible_agents[0]), env.observation_space(env.possible_agents[0]).shape
     individual = noise.standard_normal((steps, agents), dtype=np.float32)
@@ -68,11 +69,13 @@ def made_up(path: Path, steps: int, env) -> None:
         "timeouts": timeouts,
         "metadata": "{}",
     }
+    if hasattr(env, "state_space"):
+        arrays["states"] = noise.standard_normal((steps, *env.state_space.shape), dtype=np.float32)
+        arrays["metadata"] = json.dumps({"state_owner": [-1] * arrays["states"].shape[1]})
     if isinstance(space, gymnasium.spaces.Discrete):
         arrays["actions"] = noise.integers(space.n, size=(steps, agents))
         arrays["action_masks"] = np.ones((steps, agents, space.n), bool)
         arrays["final_action_masks"] = np.ones((timeouts.sum(), agents, space.n), bool)
-        arrays["states"] = noise.standard_normal((steps, *env.state_space.shape), dtype=np.float32)
     else:
         arrays["actions"] = noise.uniform(-1, 1, (steps, agents, *space.shape)).astype(np.float32)
     np.savez(path, **arrays)
@@ -129,36 +132,34 @@ if __name__ == "__main__":
         physics(args.rounds)
         raise SystemExit
     script: Any = importlib.import_module(args.script)
-    common = {"env": args.env, "dataset": args.dataset, "batch_size": args.batch_size, "cuda": args.cuda}
-    settings = {credit: script.Args(credit=credit, **common) for credit in ("team", "macca")}
+    settings = script.Args(env=args.env, dataset=args.dataset, batch_size=args.batch_size, cuda=args.cuda)
     env, _ = script.make_env(args.env)
     with tempfile.TemporaryDirectory() as folder:
         path = dataset_path(args.env, args.dataset)
         if args.transitions:
             path = Path(folder, "made-up.npz")
             made_up(path, args.transitions, env)
-        data, metadata = script.load_dataset(path, settings["macca"], env)
+        data, metadata = script.load_dataset(path, settings, env)
     device = torch.device("cuda" if args.cuda else "cpu")
     data = {name: tensor.to(device) for name, tensor in script.hold_out(data)[0].items()}
-    nets, causal_model, optimizers = script.build(settings["macca"], data, metadata)
-    batch = script.sample(data, args.batch_size)
-
-    def update(credit: str) -> Callable:
-        return lambda: script.update(batch, nets, causal_model, optimizers, settings[credit], True, credit == "macca")
-
+    nets, causal_model, optimizers = script.build(settings, data, metadata)
+    batch, credited = (script.sample(data, size) for size in (args.batch_size, 1000))
+    batch["credit"] = batch["alive"].float()  # any rewards
+    inputs = (*script.causal_inputs(credited), credited["rewards"], credited["alive"])
     functions = {
         "sampling": lambda: script.sample(data, args.batch_size),
-        "team": update("team"),
-        "macca": update("macca"),
+        "policy": lambda: script.update(batch, nets, optimizers, settings),
+        "causal model": lambda: script.update_causal_model(batch, causal_model, optimizers),
+        "credit": lambda: causal_model.assign(*inputs),  # what assign_credit does a thousand rows at a time
     }
     ms = milliseconds(functions, args.rounds, args.cuda)
     name = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} thread(s)"
     print(f"{args.env}, {args.script}, batch {args.batch_size}, {name}, torch {torch.__version__}")
     print(f"sampling a minibatch: {ms['sampling']:.2f} ms")
-    for credit in ("team", "macca"):
-        rate = 1000 / (ms[credit] + ms["sampling"])
-        print(f"--credit {credit}: update {ms[credit]:.1f} ms, {rate:.1f} iterations per second")
-    print(f"the causal model's share of a macca iteration: {1 - ms['team'] / ms['macca']:.0%}")
+    for learner in ("causal model", "policy"):
+        rate = 1000 / (ms[learner] + ms["sampling"])
+        print(f"{learner}: update {ms[learner]:.1f} ms, {rate:.1f} iterations per second")
+    print(f"credit: {ms['credit']:.1f} µs per transition")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
     print(f"{len(data['rewards'])} transitions, peak memory {peak:.2f} GiB")
     if args.cuda:

@@ -1,6 +1,6 @@
 """The paper's Table 1: twelve particle datasets, OMAR with and without credit, and behaviour cloning beside it.
 
-    python paper/table1.py            # run what paper/results/table1-*.csv lack (three hours of one core), then print
+    python paper/table1.py            # run what paper/results/table1-*.csv lack, then print
     python paper/table1.py --show     # print what these files hold
     python paper/table1.py --local    # the tasks in which a predator is rewarded for what it does itself
 
@@ -84,13 +84,12 @@ def show_differences(tables: dict) -> None:
 
 def show_local_differences(tables: dict) -> None:
     """What true and what learned credit add to the even split, paired by seed, and how right the learned one is."""
-    learned, body = ["MACCA-OMAR", "MACCA-OMAR, causal model first"], []
-    for label in ["OMAR, truth", *learned]:
+    body = []
+    for label in ("OMAR, truth", "MACCA-OMAR"):
         pairs = [paired(runs.get(label, {}), runs.get("OMAR, uniform", {}), "score") for runs in tables.values()]
         body.append([label, *map(mean_interval, pairs)])
-    for label in learned:
-        skills = [numbers(runs.get(label, {}), "credit_skill") for runs in tables.values()]
-        body.append([f"skill of the credit of {label}", *(mean_std(skill, 2) for skill in skills)])
+    skills = [numbers(runs.get("MACCA-OMAR", {}), "paid_skill") for runs in tables.values()]
+    body.append(["skill of the credit of MACCA-OMAR", *(mean_std(skill, 2) for skill in skills)])
     print_table(["minus OMAR, uniform", *tables], body)
 
 

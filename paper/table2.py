@@ -1,6 +1,6 @@
 """The paper's Table 2 on another simulator: battles on SMAX, with the paper's numbers for StarCraft's SMAC beside them.
 
-    python paper/table2.py            # run what paper/results/smax-*.csv lack (an hour of two idle cores), then print
+    python paper/table2.py            # run what paper/results/smax-*.csv lack, then print
     python paper/table2.py --show     # print what these files hold
 
 Win rate and the team's return (20 for a battle that is won) of the last policy over 100 battles, mean and standard
@@ -24,7 +24,7 @@ PAPER = {
 }
 AGENTS = {"2s3z": 5, "5m_vs_6m": 5, "6h_vs_8z": 6}
 LABELS = ["BC", "MACCA-CQL", "MACCA-OMAR", "MACCA-ICQ", "ICQ, team", "ICQ, uniform"]
-CREDIT = ["credit_mae", "even_mae", "credit_skill", "credit_rank", "team_nmse"]
+CREDIT = ["paid_mae", "paid_even_mae", "paid_skill", "team_nmse"]
 
 if __name__ == "__main__":
     args = tyro.cli(Printing, description=__doc__)
@@ -55,11 +55,10 @@ if __name__ == "__main__":
         if len(pairs) > 1:
             print(f"- {label} minus {LABELS[-1]}: {mean_interval(pairs, 3)} ({len(pairs)} pairs)")
 
-    # Of MACCA-OMAR: in the other scripts the same causal model learns from the same minibatches.
+    # Of MACCA-OMAR: in the other scripts the causal model learns in the same way.
     print("\nCredit against each agent's damage, on held-out battles (reward units; 20 is a battle won):\n")
     body = []
     for name, runs in tables.items():
         columns = [numbers(runs.get("MACCA-OMAR", {}), column) for column in CREDIT]
-        mae, even, skill, rank, team = (mean_std(c, digits) for c, digits in zip(columns, (3, 3, 2, 2, 2), strict=True))
-        body.append([name, mae, even, skill, rank, team])
-    print_table(["", "mean error", "of the even split", "skill", "rank correlation", "team reward's error"], body)
+        body.append([name, *(mean_std(c, digits) for c, digits in zip(columns, (3, 3, 2, 2), strict=True))])
+    print_table(["", "mean error", "of the even split", "skill", "team reward's error"], body)

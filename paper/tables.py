@@ -33,7 +33,7 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
     for quality in ("medium-replay", "medium"):
         where = f"--env mpe/{task} --dataset {quality} --eval-interval 1000"
         for backbone in ("omar", "cql", "icq"):
-            train = f"macca_{backbone}.py {where}" + ("" if backbone == "icq" else " --alpha 0.2")
+            train = f"macca_{backbone}.py {where}" + (" --beta 0.01" if backbone == "icq" else " --alpha 0.2")
             TABLES[f"credit-{name}-{quality}-{backbone}"] = (
                 [21, 22, 23, 24, 25],
                 {
@@ -48,16 +48,17 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
                 },
             )
 
-# The other two qualities of Cooperative Navigation.
+# The other two qualities of Cooperative Navigation. Expert data want a stronger pull to the data, the defaults.
 for quality in ("expert", "random"):
+    alpha, beta = ("", "") if quality == "expert" else (" --alpha 0.2", " --beta 0.01")
     TABLES[f"credit-cn-{quality}"] = (
         [21, 22, 23, 24, 25],
         {
+            "R / N, OMAR": f"macca_omar.py --dataset {quality} --credit uniform{alpha}",
+            "MACCA-OMAR": f"macca_omar.py --dataset {quality}{alpha}",
+            "MACCA-CQL": f"macca_cql.py --dataset {quality}{alpha}",
+            "MACCA-ICQ": f"macca_icq.py --dataset {quality}{beta}",
             "behaviour cloning": f"{CLONING} --dataset {quality}",
-            "R / N": f"macca_omar.py --dataset {quality} --credit uniform",
-            "MACCA-OMAR": f"macca_omar.py --dataset {quality}",
-            "MACCA-CQL": f"macca_cql.py --dataset {quality}",
-            "MACCA-ICQ": f"macca_icq.py --dataset {quality}",
         },
     )
 

@@ -94,10 +94,10 @@ def test_measures():
     problem = bench.draw(1, family="b", agents=3)
     held = slice(bench.TRAIN, None)
     paid, cause, team = problem.pay(problem.x, problem.action)[held], bench.caused(problem, held), problem.reward[held]
-    row = bench.measure(problem, paid + torch.tensor([5.0, -7, 2]), team + 2 * team.std(), problem.edges, cause)
+    row = bench.measure(problem, cause, paid + torch.tensor([5.0, -7, 2]), team + 2 * team.std(), problem.edges)
     assert (row["r2_paid"], row["f1"], row["team_nmse"]) == pytest.approx((1, 1, 4), rel=1e-3)
     assert row["r2_cause"] < 0.95
-    row = bench.measure(problem, cause.clone(), team, None, cause)
+    row = bench.measure(problem, cause, cause.clone(), team, None)
     assert row["r2_cause"] == pytest.approx(1) and row["r2_paid"] < 0.95 and "f1" not in row
     assert bench.r2(0.5 * paid, paid) == pytest.approx(0.75)
 

@@ -27,7 +27,12 @@ import pictures
 import rolled
 import rows
 import table1
+import table2
+import table13
 import tables
+from runs import KEPT
+
+from data import mpe
 
 # ---- running a table ----
 
@@ -37,7 +42,7 @@ seed = sys.argv[-1]
 if os.environ.get("FAKE") == "sleep":
     pathlib.Path(os.environ["PIDS"], str(os.getpid())).touch()
     time.sleep(600)
-if os.environ.get("FAKE") == "fail" and seed == "2":
+if os.environ.get("FAKE") == "fail" and seed == "22":
     print("  1%| | 1/90\\rmacca_icq.py: something is wrong\\n  1%| | 1/90", file=sys.stderr)
     sys.exit(2)
 run = pathlib.Path("runs/one")
@@ -45,12 +50,13 @@ run.mkdir(parents=True)
 (run / "config.json").write_text(json.dumps({"args": {}, "dataset_sha256": "0123456789abcdef" * 4}))
 (run / "metrics.csv").write_text(f"iteration,return,score\\n5,1.0,0\\n9,1.5,{seed}\\n")
 """
-CLONING = "python macca_icq.py --credit uniform --beta 1e6 --dataset medium --seed "
+CLONING = "python macca_icq.py --credit uniform --beta 1e6 --dataset expert --seed "
+SEEDS = ["21", "22", "23", "24", "25"]
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A project in which the scripts of the table cn-medium train nothing; those of most rows are not even there."""
+    """A project in which the scripts of credit-cn-expert train nothing; those of most rows are not even there."""
     (tmp_path / "paper").mkdir()
     for name in ("runs.py", "rows.py", "tables.py"):
         shutil.copy(toy.ROOT / "paper" / name, tmp_path / "paper")
@@ -58,12 +64,12 @@ def project(tmp_path):
     datasets = tmp_path / "data/datasets/mpe/simple_spread"
     datasets.mkdir(parents=True)
     metadata = {"paper_random_return": 1.0, "paper_expert_return": 2.0}
-    np.savez(datasets / "medium.npz", metadata=json.dumps(metadata))
+    np.savez(datasets / "expert.npz", metadata=json.dumps(metadata))
     return tmp_path
 
 
 def start(project, *flags, **environment):
-    code = [sys.executable, "paper/runs.py", "cn-medium", *map(str, flags)]
+    code = [sys.executable, "paper/runs.py", "credit-cn-expert", *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(code, cwd=project, env={**os.environ, **environment}, **pipes)
 
@@ -75,69 +81,67 @@ def run(project, *flags, **environment):
 
 
 def recorded(project):
-    with open(project / "paper/results/cn-medium.csv") as file:
+    with open(project / "paper/results/credit-cn-expert.csv") as file:
         return list(csv.DictReader(file))
 
 
 def write(project, text):
     (project / "paper" / "results").mkdir(exist_ok=True)
-    (project / "paper/results/cn-medium.csv").write_text(text)
+    (project / "paper/results/credit-cn-expert.csv").write_text(text)
 
 
 def test_one_row_of_a_table(project):
     """--only runs that row's seeds and no other row; a row that the table does not have is refused."""
     status, stdout, stderr = run(project, "--only", "behavior cloning")
     assert (status, stdout, stderr.count("\n")) == (2, "", 1), stderr
-    assert "behavior cloning" in stderr and "behaviour cloning; CQL; OMAR; ICQ" in stderr
+    assert "behavior cloning" in stderr and "; ".join(tables.TABLES["credit-cn-expert"][1]) in stderr
     assert not (project / "paper" / "results").exists()
     for _ in range(2):  # the second time there is nothing left to do
         status, stdout, stderr = run(project, "--jobs", 1, "--only", "behaviour cloning")
         assert status == 0, stderr
         there = recorded(project)
         assert [(row["label"], row["seed"], row["score"]) for row in there] == [
-            ("behaviour cloning", seed, seed) for seed in "123"
+            ("behaviour cloning", seed, seed) for seed in SEEDS
         ]
-        assert "| behaviour cloning | 3 | 9 | 2.0 ± 1.0 |" in stdout and "another command" not in stdout
+        assert "| behaviour cloning | 5 | 9 | 23.0 ± 1.6 |" in stdout and "another command" not in stdout
     row = there[0]
-    assert row["command"] == f"{CLONING}1" and float(row["score_paper"]) == 50
+    assert row["command"] == f"{CLONING}21" and float(row["score_paper"]) == 50
     assert (row["best_return"], row["curve"], row["won"]) == ("1.0", "5:1.0 9:1.5", "")
     assert row["dataset_sha256"] == "0123456789abcdef" and f"torch {torch.__version__}" in row["versions"]
 
 
-def test_columns_are_those_of_the_rows_so_far(project):
-    """Old and new rows live in one file: a fresh one has the columns of the files in paper/results."""
+def test_columns_that_are_printed_are_recorded(project):
     assert run(project, "--only", "behaviour cloning")[0] == 0
-    with open(toy.ROOT / "paper/results/rolled.csv") as file:
-        assert list(recorded(project)[0]) == next(csv.reader(file))
+    printed = {*table13.COLUMNS, *table2.CREDIT, *"score best_score score_paper won return paid_skill curve".split()}
+    assert printed <= {*recorded(project)[0]}
 
 
 def test_a_torn_row_is_run_again(project):
     """A last line without its newline was cut off. An older file may lack columns; its rows stay as they are."""
-    head, old = "label,seed,command,score", "behaviour cloning,1," + CLONING + "1,7"
-    write(project, f"{head}\n{old}\nbehaviour cloning,2,{CLONING}2,1234.5")
+    head, old = "label,seed,command,score", "behaviour cloning,21," + CLONING + "21,7"
+    write(project, f"{head}\n{old}\nbehaviour cloning,22,{CLONING}22,1234.5")
     status, _, stderr = run(project, "--only", "behaviour cloning")
     assert status == 0, stderr
     there = recorded(project)
     assert [(row["seed"], row["score"], row["return"]) for row in there] == [
-        ("1", "7", ""),
-        ("2", "2", "1.5"),
-        ("3", "3", "1.5"),
+        ("21", "7", ""),
+        *((seed, seed, "1.5") for seed in SEEDS[1:]),
     ]
-    assert (project / "paper/results/cn-medium.csv").read_text().endswith("\n")
+    assert (project / "paper/results/credit-cn-expert.csv").read_text().endswith("\n")
     assert not list((project / "paper" / "results").glob(".*"))
 
 
 def test_the_newest_row_of_a_seed_counts(project):
     """A row of an older command is another run: the table is run anew, and shows each seed once."""
-    columns = "label,seed,command,iterations,score,best_score,credit_skill"
-    lines = [f"behaviour cloning,{seed},python paper/bc.py --seed {seed},9,{seed}0,0," for seed in "123"]
+    columns = "label,seed,command,iterations,score,best_score,cause_skill"
+    lines = [f"behaviour cloning,{seed},python paper/bc.py --seed {seed},9,{seed}0,0," for seed in SEEDS]
     write(project, "\n".join([columns, *lines, ""]))
     status, stdout, stderr = run(project, "--show")
-    assert status == 0 and "| behaviour cloning | 3 | 9 | 20.0 ± 10.0 |" in stdout, stderr
+    assert status == 0 and "| behaviour cloning | 5 | 9 | 230.0 ± 15.8 |" in stdout, stderr
     assert "another command than paper/tables.py has now: behaviour cloning" in stdout
     status, stdout, stderr = run(project, "--only", "behaviour cloning")
-    assert status == 0 and len(recorded(project)) == 6, stderr
-    assert "| behaviour cloning | 3 | 9 | 2.0 ± 1.0 |" in stdout and "another command" not in stdout
+    assert status == 0 and len(recorded(project)) == 10, stderr
+    assert "| behaviour cloning | 5 | 9 | 23.0 ± 1.6 |" in stdout and "another command" not in stdout
 
 
 def test_a_run_that_fails(project):
@@ -146,7 +150,7 @@ def test_a_run_that_fails(project):
     assert (status, stdout) == (2, "")
     last = stderr.strip().splitlines()[-1]
     assert last.startswith("runs.py: 1 runs failed") and "(macca_icq.py: something is wrong)" in last
-    assert [row["seed"] for row in recorded(project)] == ["1", "3"]
+    assert [row["seed"] for row in recorded(project)] == [seed for seed in SEEDS if seed != "22"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -172,8 +176,8 @@ def test_a_signal_ends_the_trainings_too(number, project):
 
 
 def test_refusals(project):
-    (project / "data/datasets/mpe/simple_spread/medium.npz").unlink()
-    for flags, said in ((["--show"], "has no rows yet"), ([], "medium.npz is missing")):
+    (project / "data/datasets/mpe/simple_spread/expert.npz").unlink()
+    for flags, said in ((["--show"], "has no rows yet"), ([], "expert.npz is missing")):
         status, stdout, stderr = run(project, *flags)
         assert (status, stdout, stderr.count("\n")) == (2, "", 1) and said in stderr, stderr
 
@@ -215,7 +219,7 @@ def test_the_papers_settings():
         for name in ("CQL", "OMAR", "ICQ"):
             args = parsed(commands[f"# MACCA-{name}, {quality}"].removeprefix("python "))
             assert (args.batch_size, args.learning_rate, args.causal_learning_rate) == (1024, 3e-4, 5e-2)
-            assert (args.anchor, args.h, args.gamma, args.hidden_dim) == (1, 0.1, 0.95, 64)
+            assert (args.share, args.anchor, args.h, args.gamma, args.hidden_dim) == ("slots", 1, 0.1, 0.95, 64)
             assert not args.standardize_rewards and not args.layer_norm and args.dataset == quality
             assert (args.lambda1, args.lambda2) == lambdas[quality]
             assert name != "OMAR" or (args.tau, args.alpha) == own[quality]
@@ -265,12 +269,36 @@ def test_bootstrap_interval():
     assert 0.5 < (high - low) / (2 * 1.96 * 3 * (2 / 3) ** 0.5 / 18**0.5) < 1.5
 
 
-@pytest.mark.parametrize("script", ["table1", "table2", "table13", "scale_or_credit"])
-def test_recorded_tables_can_be_printed(script, tmp_path, monkeypatch):
-    """Every row of a printed table has as many cells as its head, and some hold numbers."""
+def made_up_rows(table):
+    """Rows of two seeds, as paper/runs.py writes them."""
+    noise, (seeds, commands) = np.random.default_rng(0), tables.TABLES[table]
+    for label, command in commands.items():
+        for seed in seeds[:2]:
+            told = {name: str(noise.normal()) for name in [*KEPT, "best_score", "best_return"]}
+            yield {"label": label, "seed": str(seed), "command": command, "curve": "1:2.5 2:3.5", **told}
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("table1", ["--show"]),
+        ("table1", ["--show", "--local"]),
+        ("table2", ["--show"]),
+        ("table13", []),
+        ("credit", ["--show"]),
+    ],
+)
+def test_recorded_tables_can_be_printed(script, flags, tmp_path, monkeypatch):
+    """Every row of a printed table has as many cells as its head, and some hold numbers.
+
+    The rows are those of paper/results, and made-up ones for the tables that have not been run.
+    """
     shutil.copytree(toy.ROOT / "paper" / "results", tmp_path / "results")
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
-    flags = [] if script == "table13" else ["--show"]
+    for table in tables.TABLES:
+        path = tmp_path / "results" / f"{table}.csv"
+        for row in made_up_rows(table) if not path.exists() else ():
+            rows.add(path, row)
     status, stdout, stderr = toy.run(f"paper/{script}", tmp_path, *flags, monkeypatch=monkeypatch)
     assert status == 0, stderr
     blocks = [block.splitlines() for block in stdout.split("\n\n") if block.startswith("|")]
@@ -281,7 +309,7 @@ def test_recorded_tables_can_be_printed(script, tmp_path, monkeypatch):
 # ---- edges and pictures ----
 
 SHORT = ["--no-cuda", "--total-iterations", 4, "--eval-interval", 2, "--eval-episodes", 1, "--final-episodes", 1]
-SHORT += ["--batch-size", 16, "--hidden-dim", 8]
+SHORT += ["--batch-size", 16, "--hidden-dim", 8, "--causal-iterations", 3, "--references", 1]
 
 
 def trained(folder, *flags, script="macca_omar", monkeypatch):
@@ -299,13 +327,13 @@ def with_edges(folder, *flags, script="macca_omar", monkeypatch):
 
 
 def test_edges_of_a_run(tmp_path, monkeypatch):
-    """Before training, where log-odds are 4 for an agent's own dimensions, and at every evaluation."""
+    """Before training, where log-odds are 4 for an agent's own dimensions, every 500th iteration, and at the end."""
     dataset = toy.write(tmp_path / "data.npz")
-    flags = ["--env", "toy:matching", "--dataset", dataset, "--total-iterations", 5]
+    flags = ["--env", "toy:matching", "--dataset", dataset, "--causal-iterations", 501]
     run = with_edges(tmp_path, *flags, script="macca_cql", monkeypatch=monkeypatch)
     with np.load(run / "edges.npz", allow_pickle=False) as file:
         iterations, edges = file["iterations"], file["edges"]
-    assert list(iterations) == [0, 2, 4, 5] and edges.shape == (4, 2, 8)
+    assert list(iterations) == [0, 500, 501] and edges.shape == (3, 2, 8)
     expected = torch.zeros(2, 8)  # of [N, S + N A]: each agent's half of the state, and its own action
     for agent in range(2):
         expected[agent, 2 * agent : 2 * agent + 2] = expected[agent, 4 + 2 * agent : 6 + 2 * agent] = 4
@@ -314,7 +342,7 @@ def test_edges_of_a_run(tmp_path, monkeypatch):
     module = importlib.import_module("macca_cql")
     args = module.Args(env="toy:matching", cuda=False)
     _, held_out = module.hold_out(module.load_dataset(dataset, args, toy.Matching())[0])
-    model = CausalModel(2, 4, 2)
+    model = CausalModel(2, 4, 2, [0, 0, 1, 1], references=1)
     model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["causal_model"])
     probabilities = model.probabilities(held_out["observations"].flatten(1), held_out["actions"])
     last = torch.cat([part.mean(0) for part in probabilities], dim=1)
@@ -346,13 +374,25 @@ def test_pictures_of_cooperative_navigation(tmp_path, monkeypatch):
 def test_an_environment_that_is_not_rendered(script, discrete, tmp_path, monkeypatch):
     """With a state of the dataset's own, which is then asked of the environment; and without recorded edges."""
     states = toy.record(toy.Matching(discrete), 100)["observations"].reshape(100, 4)[:, ::-1]
-    toy.write(tmp_path / "data.npz", discrete, states=states.copy())
+    toy.write(tmp_path / "data.npz", discrete, states=states.copy(), metadata={"state_owner": [1, 1, 0, 0]})
     flags = ["--env", f"toy:matching{'_discrete' * discrete}", "--dataset", "data.npz"]
     run, out = trained(tmp_path, *flags, script=script, monkeypatch=monkeypatch), tmp_path / "new" / "folder"
     status, stdout, stderr = toy.run("paper/pictures", tmp_path, run, "--out", out, monkeypatch=monkeypatch)
     assert status == 0, stderr
     assert "no episode.gif" in stdout and "no edges.png" in stdout
     assert [path.name for path in out.iterdir()] == ["credit.png"]
+
+
+def test_names_of_dimensions():
+    """Cooperative Navigation's are known by name, the others by whose they are."""
+    _, owner = mpe.factored_states("simple_spread", np.zeros((1, 3, 18), np.float32))
+    state, action = pictures.dimension_names("mpe/simple_spread", owner, 3, 2)
+    assert len(state) == 18 and len(action) == 6 and action[2:4] == [("agent 2", "", "x"), ("agent 2", "", "y")]
+    assert state[3:5] == [("agent 1", "position", "y"), ("agent 2", "velocity", "x")]
+    assert state[12] == ("nobody's", "landmark 1", "x") and state[-1] == ("nobody's", "landmark 3", "y")
+    state, action = pictures.dimension_names("smax/2s3z", [0, 1, -1], 2, 1)
+    assert state == [("agent 1", "", "s0"), ("agent 2", "", "s1"), ("nobody's", "", "s2")]
+    assert action == [("agent 1", "", "a0"), ("agent 2", "", "a0")]
 
 
 class Leaving(toy.Matching):
@@ -412,9 +452,10 @@ def test_folders_that_cannot_be_drawn(tmp_path, monkeypatch):
 # ---- the rest ----
 
 
-def test_rolled_credit():
+@pytest.mark.parametrize("share", ["shapley", "slots"])
+def test_rolled_credit(share):
     """Every agent is told the share of the agent before it; the sum stays the team reward."""
-    model = CausalModel(3, 6, 2)
+    model = CausalModel(3, 6, 2, [0, 0, 1, 1, 2, 2], share)
     state, action, team = torch.randn(8, 6), torch.rand(8, 3, 2), torch.randn(8)
     genuine, told = model.assign(state, action, team), rolled.rolled(model, state, action, team)
     torch.testing.assert_close(told[:, [1, 2, 0]], genuine)
@@ -427,5 +468,5 @@ def test_speed(script, tmp_path, monkeypatch):
     flags = ["--script", script, "--transitions", 200, "--rounds", 1, "--batch-size", 16, "--no-cuda", "--threads", 1]
     status, stdout, stderr = toy.run("paper/speed", tmp_path, *flags, monkeypatch=monkeypatch)
     assert status == 0, stderr
-    for line in ("--credit team: update ", "--credit macca: update ", "175 transitions, peak memory"):
+    for line in ("causal model: update ", "policy: update ", " µs per transition", "175 transitions, peak memory"):
         assert line in stdout

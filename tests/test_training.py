@@ -346,7 +346,7 @@ def test_states_are_used_only_with_their_owners(script, tmp_path):
         path = toy.write(tmp_path / "data.npz", transitions=40, states=states, metadata=metadata, final=True)
         data, found = load(script, path)
         _, model, _ = script.build(script.Args(cuda=False), data, found)
-        assert model.state_dim == (3 if metadata else N * OBS) and ("states" in data) == bool(metadata)
+        assert len(model.state_mean) == (3 if metadata else N * OBS) and ("states" in data) == bool(metadata)
         expected = torch.from_numpy(states) if metadata else data["observations"].flatten(1)
         assert torch.equal(script.causal_inputs(data)[0], expected)
 

@@ -1,0 +1,67 @@
+"""Does credit pay, and whose? Runs the tables credit-* of paper/tables.py, prints them as one, draws a figure.
+
+    python paper/credit.py            # what paper/results/credit-*.csv lack (a day of two cores), then the table
+    python paper/credit.py --show     # from those files alone
+
+Every row trains the same backbone on the same data and differs in what it tells the agents. All but R are standardised
+alike, by one deviation, so scale is no part of the differences.
+"""
+
+import statistics
+
+import matplotlib
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rows import RESULTS, by_label, fail, mean_interval, mean_std, numbers, paired, print_table
+from runs import Printing, run_missing
+from tables import TABLES
+
+NAMES = [name for name in TABLES if name.startswith("credit-") and name.count("-") > 2]
+COLOURS = ["#e6ab02", "#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#a6761d", "#e7298a", "0.6"]
+PAPER = {  # the MACCA columns of the paper's Table 1
+    "cn-medium-replay": {"cql": 15.9, "omar": 33.2, "icq": 28.6},
+    "cn-medium": {"cql": 45.0, "omar": 67.9, "icq": 70.3},
+}
+
+if __name__ == "__main__":
+    args = tyro.cli(Printing, description=__doc__)
+    for table in NAMES if not args.show else ():
+        run_missing(table, args.jobs)
+    there = {table: runs for table in NAMES if (runs := by_label(table))}
+    if not there:
+        fail("there are no results in paper/results/credit-*.csv yet; run it without --show")
+    labels = list(TABLES[NAMES[0]][1])
+
+    head, scores, gaps = ["data, backbone"], [], []
+    for table, runs in there.items():
+        _, rest = table.split("-", 1)
+        dataset, backbone = rest.rsplit("-", 1)
+        paper = PAPER.get(dataset, {}).get(backbone, "")
+        first = runs.get("R / N", {})
+        cells = [mean_std(numbers(runs.get(label, {}), "score")) for label in labels]
+        scores.append([rest, *cells, str(paper)])
+        cells = [mean_interval(paired(runs.get(label, {}), first, "score")) for label in labels[1:]]
+        skill = [mean_std(numbers(runs.get("MACCA", {}), name), 2) for name in ("team_nmse", "cause_skill")]
+        gaps.append([rest, str(len(first)), *cells, *skill])
+    print_table([*head, *labels, "the paper's MACCA"], scores)
+    print("\nDifference to R / N, paired by seed, with 95 % intervals:\n")
+    print_table([*head, "seeds", *labels[1:], "team NMSE", "cause skill"], gaps)
+
+    figure, axes = plt.subplots(figsize=(11, 4))
+    shown = [label for label in labels if label != "R"]
+    for place, label in enumerate(shown):
+        for number, runs in enumerate(there.values()):
+            values = numbers(runs.get(label, {}), "score")
+            if values:
+                x = number + (place - (len(shown) - 1) / 2) * 0.12
+                axes.bar(x, statistics.mean(values), 0.11, color=COLOURS[labels.index(label)], label=label)
+                axes.scatter([x] * len(values), values, s=5, color="black", zorder=3)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one per label
+    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=4)
+    axes.set_xticks(range(len(there)), [name[7:].replace("-", " ") for name in there], fontsize=8)
+    axes.set_ylabel("score of the last policy (random 0, expert 100)")
+    axes.set_title("What the agents are told: bars are means, dots are seeds", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "credit-pays.png", dpi=110)
