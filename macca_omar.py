@@ -454,9 +454,8 @@ def update(batch: Batch, nets, optimizers, args: Args) -> Batch:
 def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalModel, dict[str, Any]]:
     """Everything that learns, on the device of the data."""
     nets = Networks(data, args).to(data["rewards"].device)
-    (states, actions), (n, observation_dim) = causal_inputs(data), data["observations"].shape[1:]
-    observer = torch.arange(n).repeat_interleave(observation_dim).tolist()
-    owner = metadata["state_owner"] if "states" in data else observer
+    (states, actions), (n, dim) = causal_inputs(data), data["observations"].shape[1:]
+    owner = metadata["state_owner"] if "states" in data else torch.arange(n).repeat_interleave(dim).tolist()
     options = (args.share, args.graph, args.anchor, args.lambda1, args.lambda2, args.h, args.references)
     causal_model = CausalModel(n, states.shape[1], nets.action_dim, owner, *options).to(states.device)
     causal_model.fit_statistics(states, actions, data["rewards"])
@@ -551,7 +550,7 @@ if __name__ == "__main__":
         over = iteration == last_iteration or bool(stop)  # asked once: signals come any time
         if iteration % 100 == 0 or due or over:
             for name, x in logs.items():
-                require(x.isfinite(), f"{name} is {x:g} at iteration {iteration} of {run}; lower --learning-rate")
+                require(x.isfinite(), f"{name} is {x:g} at iteration {iteration} of {run}; lower the learning rate")
                 writer.add_scalar(f"losses/{name}", x.item(), iteration)
         if not logs or iteration == 0 or due or over:  # before what takes long or may crash
             checkpoint = {name: module.state_dict() for name, module in modules.items()}
@@ -561,7 +560,7 @@ if __name__ == "__main__":
             torch.save(checkpoint, buffer := io.BytesIO())
             content = buffer.getvalue()
             write(run / "checkpoint.pt", content + hashlib.sha256(content).digest())
-        if iteration >= 0 and "credit" not in data and (due or not stop):
+        if iteration >= 0 and "credit" not in data and (due or not over):
             data["credit"] = assign_credit(data, args, causal_model)
             if args.standardize_rewards:
                 data["credit"] = standardize(data["credit"], data["alive"], nets.center)

@@ -390,7 +390,9 @@ def check_metadata(metadata: dict, found: dict | None, agents: int, state_dim: i
         wrong("schema_version", "'1'")
     if not isinstance(metadata.get("env"), str):
         wrong("env", "the name of the environment")
-    if state_dim is not None and "state_owner" in metadata:
+    if state_dim is None and "state_owner" in metadata:
+        wrong("state_owner", "none, as there are no good states")
+    elif "state_owner" in metadata:
         owner = metadata["state_owner"]
         known = isinstance(owner, list) and all(type(agent) is int and -1 <= agent < agents for agent in owner)
         if not known or len(owner) != state_dim:
