@@ -652,7 +652,7 @@ def test_a_loss_that_is_not_finite(script, tmp_path, monkeypatch):
     status, _, stderr = toy.run(script, tmp_path / "first", *flags, monkeypatch=monkeypatch)
     run = toy.run_folder(tmp_path / "first")
     assert status == 2 and "Traceback" not in stderr
-    assert "_loss is" in stderr and "iteration 2" in stderr and "--learning-rate" in stderr, stderr
+    assert "_loss is" in stderr and "iteration 2" in stderr and "lower the learning rate" in stderr, stderr
     assert any(line.startswith(f"{script}.py: ") for line in stderr.splitlines())  # not behind the progress bar
     assert torch.load(run / "checkpoint.pt", weights_only=True)["iteration"] == 0
 

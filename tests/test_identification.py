@@ -118,7 +118,8 @@ def test_quick_run():
     for ours in ("shapley", "slots", "fixed"):
         assert float(paid["a: 3 agents"][ours]) >= 0.95 and float(caused["a: 3 agents"][ours]) >= 0.95
         assert float(edges["a: 3 agents"][ours]) >= 0.95
-    for other in ("full", "sigmoid masks", "one mask for all", "ridge", "even split"):
-        assert float(paid["a: 3 agents"][other]) < float(paid["a: 3 agents"]["slots"])
+    for other in ("sigmoid masks", "one mask for all", "ridge", "even split"):
+        assert float(paid["a: 3 agents"][other]) < 0.5
+    assert float(edges["a: 3 agents"]["full"]) < 0.5
     for name in ("b: 3 agents", "c: 3 agents"):  # what is caused together is split by the Shapley value alone
         assert float(caused[name]["shapley"]) > float(caused[name]["slots"])
