@@ -77,7 +77,7 @@ class Args:
     cql_samples: int = 5  # uniform actions, and as many near the policy's
 
 
-RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9)}
+RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9), "references": (1, 1e3)}
 RANGES |= {"gamma": (0, 1), "target_rate": (0, 1), "h": (0, 1)}
 
 
@@ -188,7 +188,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         if name in file or args.credit == credit:
             data[name] = take(name, "float", T, N)
     if "state_owner" in metadata:  # else the joint state is the observations side by side
-        data["states"] = take("states", "float", T, len(metadata["state_owner"]))
+        data["states"] = take("states", "float", T, file["states"].shape[-1] if "states" in file else 0)
     data["alive"] = data["next_alive"] = allowed = np.ones((T, N), bool)
     if discrete:
         masked, everything = "action_masks" in file, np.ones((T, N, A), bool)
@@ -198,11 +198,11 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         data["next_alive"] = data["next_action_masks"].sum(2) > 1
         allowed = np.take_along_axis(masks, actions.clip(0, A - 1)[..., None], axis=2)
     low, high = (0, A - 1) if discrete else (-1, 1)
-    earned = data.get("individual_rewards", rewards[:, None]).sum(1)
+    unequal = not all(np.allclose(rewards, data[x].sum(1), 1e-3, 1e-3) for x in data if x.endswith("_rewards"))
     references = [metadata.get(name, 0) for name in ("random_return", "expert_return")]
     for fault, found in {
         "all rewards are equal, so there is nothing to learn": (rewards == rewards[0]).all(),
-        "rewards are not the sum of individual_rewards": not np.allclose(rewards, earned, 1e-3, 1e-3),
+        "rewards are not the sum of individual_rewards or of shapley_rewards": unequal,
         f"actions are not from {low} to {high}": actions.min() < low or actions.max() > high,
         "an action was taken that action_masks forbid": not allowed.all(),
         "a row is both terminal and timeout": (terminals & data["timeouts"]).any(),

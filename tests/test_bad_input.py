@@ -140,6 +140,7 @@ CONTINUOUS = {
     ),
     "owners of no states": ({"metadata": OWNED}, ["lacks states"]),
     "causes of one agent": ({"shapley_rewards": np.zeros(T, np.float32)}, ["shapley_rewards", "[100]"]),
+    "causes that are no split": ({"shapley_rewards": np.ones((T, 2), np.float32)}, ["or of shapley_rewards"]),
     "nan in causes": ({"shapley_rewards": np.full((T, 2), np.nan, np.float32)}, ["shapley_rewards", "NaN"]),
     "text": ({"observations": np.full((T, 2, 2), "x")}, ["observations"]),
     "no transitions": ({name: array[:0] for name, array in arrays_of().items()}, ["cannot be used"]),
@@ -158,8 +159,14 @@ CONTINUOUS = {
         {"rewards": arrays_of()["individual_rewards"].mean(1)},
         ["rewards are not the sum of individual_rewards"],
     ),
-    "owners of too few dimensions": ({"states": STATES, "metadata": {"state_owner": [0, 1]}}, ["states", "3]", "2]"]),
-    "owners of too many": ({"states": STATES, "metadata": {"state_owner": [0, 1, -1, -1]}}, ["states", "3]", "4]"]),
+    "owners of too few dimensions": (
+        {"states": STATES, "metadata": {"state_owner": [0, 1]}},
+        ["state_owner must name 3"],
+    ),
+    "owners of too many": (
+        {"states": STATES, "metadata": {"state_owner": [0, 1, -1, -1]}},
+        ["state_owner must name 3"],
+    ),
     "an owner beyond the agents": ({"states": STATES, "metadata": {"state_owner": [0, 2, -1]}}, ["state_owner"]),
     "an owner below nobody": ({"states": STATES, "metadata": {"state_owner": [0, -2, 1]}}, ["state_owner"]),
     "an owner's name": ({"states": STATES, "metadata": {"state_owner": [0, "agent_1", -1]}}, ["state_owner"]),
@@ -323,9 +330,8 @@ def test_individual_rewards_only_where_they_are_needed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", toy.SCRIPTS)
 def test_oracle(script, tmp_path, monkeypatch):
     """It trains on recorded causes, and on nothing else."""
-    path = write(
-        tmp_path / "data.npz", drop=["individual_rewards"], shapley_rewards=np.ones((T, 2), np.float32) * [1, 2]
-    )
+    causes = np.float32([0.25, 0.75]) * arrays_of()["rewards"][:, None]
+    path = write(tmp_path / "data.npz", drop=["individual_rewards"], shapley_rewards=causes)
     flags = [*SHORT, "--dataset", path, "--credit", "oracle"]
     status, _, stderr = toy.run(script, tmp_path, *flags, monkeypatch=monkeypatch)
     assert status == 0, stderr
