@@ -488,7 +488,7 @@ def test_a_run_by_hand(script, credit, standardize, tmp_path, monkeypatch):
     The same steps by hand end in the same weights, to the last bit: with credit by an earlier or later model, or
     standardised by the minibatch, or with random numbers used up elsewhere, they would not.
     """
-    extra = {"shapley_rewards": np.random.default_rng(0).normal(size=(100, N)).astype(np.float32)}
+    extra = {"shapley_rewards": toy.record(toy.Matching(), 100)["rewards"][:, None] * np.float32([0.25, 0.75])}
     path = toy.write(tmp_path / "data.npz", final=True, **extra)
     flags = ["--env", "toy:matching", "--dataset", path, "--no-cuda", "--hidden-dim", 8, "--batch-size", 16]
     flags += ["--credit", credit, f"--{'' if standardize else 'no-'}standardize-rewards", "--seed", 3]
@@ -649,7 +649,7 @@ def test_win_rate(script):
 def test_metrics_of_a_run(script, tmp_path, monkeypatch):
     """The last row of metrics.csv by hand: the saved policy's return, and the saved model's credit of held-out rows."""
     metadata, arrays = {"random_return": 1.25, "expert_return": 5.0}, make_deaths(200)
-    arrays["shapley_rewards"] = arrays["individual_rewards"][:, ::-1] + arrays["individual_rewards"]
+    arrays["shapley_rewards"] = arrays["rewards"][:, None] * np.float32([0.25, 0.75])
     path = toy.write(tmp_path / "data.npz", True, 200, metadata=metadata, final=True, **arrays)
     flags = ["--env", "toy:matching_discrete", "--dataset", path, "--no-cuda", "--hidden-dim", 8, "--batch-size", 32]
     flags += ["--causal-learning-rate", 1e-2, "--h", 0.95, "--seed", 3, "--total-iterations", 60]
