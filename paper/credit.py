@@ -50,13 +50,13 @@ if __name__ == "__main__":
     print_table([*head, "seeds", *labels[1:], "team NMSE", "cause skill"], gaps)
 
     figure, axes = plt.subplots(figsize=(11, 4))
-    shown = [label for label in labels if label != "R"]
+    shown = [label for label in labels if label != "R" and any(label in runs for runs in there.values())]
     for place, label in enumerate(shown):
         for number, runs in enumerate(there.values()):
             values = numbers(runs.get(label, {}), "score")
             if values:
-                x = number + (place - (len(shown) - 1) / 2) * 0.12
-                axes.bar(x, statistics.mean(values), 0.11, color=COLOURS[labels.index(label)], label=label)
+                x = number + (place - (len(shown) - 1) / 2) * 0.8 / len(shown)
+                axes.bar(x, statistics.mean(values), 0.7 / len(shown), color=COLOURS[labels.index(label)], label=label)
                 axes.scatter([x] * len(values), values, s=5, color="black", zorder=3)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one per label
     axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=4)
