@@ -83,16 +83,15 @@ class CausalModel(nn.Module):
     ):
         super().__init__()
         if graph not in ("dynamic", "fixed", "full") or share not in ("shapley", "slots"):
-            raise ValueError(f"graph is {graph!r} and share {share!r}, expected those of the docstring")
+            raise ValueError(f"{graph=} must be dynamic, fixed or full, and {share=} shapley or slots")
         if len(state_owner) != state_dim or not {*state_owner} <= {*range(-1, num_agents)}:
             raise ValueError(f"state_owner must name {state_dim} agents below {num_agents}, or -1 for nobody")
         self.share, self.graph, self.h = share, graph, h
         num_parents = state_dim + num_agents * action_dim
-        # The price of each edge: [N, D]
         owner = torch.cat([torch.as_tensor(state_owner), torch.arange(num_agents).repeat_interleave(action_dim)])
         foreign = (owner >= 0) & (owner != torch.arange(num_agents)[:, None])
         price = torch.where(torch.arange(num_parents) < state_dim, lambda1, lambda2)
-        self.edge_price = nn.Buffer(price * torch.where(foreign, anchor, 1.0), persistent=False)
+        self.edge_price = nn.Buffer(price * torch.where(foreign, anchor, 1.0), persistent=False)  # [N, D]
         # What each coalition takes from the row itself, its members' own and what is nobody's: [C, D]
         members, weights = coalitions(num_agents)
         self.kept = nn.Buffer((owner < 0) | members[:, owner], persistent=False)
@@ -106,7 +105,8 @@ class CausalModel(nn.Module):
         # of (s, a, i). What a slot learns first it keeps, so other agents' dimensions start half open only.
         self.edge_logits = nn.Parameter(torch.where(foreign, 0.0, 4.0))
         last = nn.Linear(64, num_agents * num_parents)
-        last.load_state_dict({name: torch.zeros_like(x) for name, x in last.state_dict().items()})
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.edge_network = nn.Sequential(nn.Linear(num_parents, 64), nn.ReLU(), last, nn.Tanh())
 
         # psi_r: one network for all slots. A one-hot identity is a bias of the first layer for each agent.

@@ -46,7 +46,7 @@ Batch = dict[str, Tensor]
 class Args:
     env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
-    credit: Literal["macca", "team", "uniform", "truth", "oracle"] = "macca"  # see README
+    credit: Literal["macca", "team", "uniform", "truth", "oracle"] = "macca"  # its share, R, R / N, paid, caused
     standardize_rewards: bool = True  # by one deviation, of all agents' rewards
     seed: int = 1  # of weights, minibatches and evaluation episodes
     cuda: bool = torch.cuda.is_available()  # train on the GPU
@@ -74,7 +74,7 @@ class Args:
     causal_learning_rate: float = 1e-2  # of the reward predictor, falls to 0
     # Algorithm specific
     expectile: float = 0.7  # of the critic's error (Eq. 9): 0.5 is the mean, near 1 the best
-    beta: float = 0.3  # temperature of the actor's weights: small, only the best; 1e6, behavior cloning
+    beta: float = 0.3  # temperature of the actor's weights; 0.01 where data are no expert's; 1e6 clones
 
 
 RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9), "references": (1, 1e3)}
@@ -244,7 +244,7 @@ def causal_inputs(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def assign_credit(data: Batch, args: Args, causal_model: CausalModel) -> Tensor:
-    """What each agent is paid for each transition [T, N]: its share, or a control."""
+    """What each agent is told for each transition [T, N]: its share, or a control."""
     if args.credit == "macca":  # line 4 of Algorithm 1
         inputs = (*causal_inputs(data), data["rewards"], data["alive"])
         parts = list(zip(*(x.split(1000) for x in inputs), strict=True))

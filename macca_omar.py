@@ -46,7 +46,7 @@ Batch = dict[str, Tensor]
 class Args:
     env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
-    credit: Literal["macca", "team", "uniform", "truth", "oracle"] = "macca"  # see README
+    credit: Literal["macca", "team", "uniform", "truth", "oracle"] = "macca"  # its share, R, R / N, paid, caused
     standardize_rewards: bool = True  # by one deviation, of all agents' rewards
     seed: int = 1  # of weights, minibatches and evaluation episodes
     cuda: bool = torch.cuda.is_available()  # train on the GPU
@@ -73,7 +73,7 @@ class Args:
     causal_iterations: int = 3_000  # of its training, before that of the policies
     causal_learning_rate: float = 1e-2  # of the reward predictor, falls to 0
     # Algorithm specific
-    alpha: float = 1.0  # weight of the conservative penalty (Eq. 7)
+    alpha: float = 1.0  # weight of the conservative penalty (Eq. 7); 0.2 where data are no expert's
     cql_samples: int = 5  # uniform actions, and as many near the policy's
     tau: float = 0.9  # weight of imitating a_hat (Eq. 8)
     omar_rounds: int = 3  # rounds of the search for a_hat
@@ -242,7 +242,7 @@ def causal_inputs(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def assign_credit(data: Batch, args: Args, causal_model: CausalModel) -> Tensor:
-    """What each agent is paid for each transition [T, N]: its share, or a control."""
+    """What each agent is told for each transition [T, N]: its share, or a control."""
     if args.credit == "macca":  # line 4 of Algorithm 1
         inputs = (*causal_inputs(data), data["rewards"], data["alive"])
         parts = list(zip(*(x.split(1000) for x in inputs), strict=True))
