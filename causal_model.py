@@ -145,8 +145,7 @@ class CausalModel(nn.Module):
         return own + 5 * varying, varying
 
     def _slots(self, parents: Tensor, alive: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
-        """psi_r of parents [B, D] * masks [B or 1, N, D], by default the edges that count (Eq. 6): standardised
-        rewards [B, N], 0 for the dead."""
+        """psi_r of parents [B, D] * masks [B or 1, N, D] (default: Eq. 6): scaled rewards [B, N], 0 if dead."""
         masks = (torch.sigmoid(self._logits(parents)[0]) >= self.h).float() if masks is None else masks
         slots = self.reward_network(self.first_layer(parents[:, None] * masks) + self.identity).squeeze(2)
         return slots if alive is None else slots * alive
@@ -155,7 +154,8 @@ class CausalModel(nn.Module):
         """phi [B, N], Shapley values in the game v(S) = mean_k R_hat(own variables and actions of the agents in S and
         what is nobody's from this row, those of the other agents from reference k)."""
         phi, count = [], len(self.kept) * len(self.references)
-        for rows in torch.arange(len(parents), device=parents.device).split(4096 // count + 1):  # fits the cache
+        size = 2**20 if parents.is_cuda else 2048  # fills the device, or fits the cache
+        for rows in torch.arange(len(parents), device=parents.device).split(size // count + 1):
             mixed = torch.where(self.kept[:, None], parents[rows, None, None], self.references)  # [b, C, K, D]
             living = None if alive is None else alive[rows].repeat_interleave(count, dim=0)
             values = self._slots(mixed.flatten(0, 2), living).sum(1).view(len(rows), len(self.kept), -1)

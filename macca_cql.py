@@ -75,6 +75,7 @@ class Args:
     # Algorithm specific
     alpha: float = 1.0  # weight of the conservative penalty (Eq. 7); 0.2 where data are no expert's
     cql_samples: int = 5  # uniform actions, and as many near the policy's
+    actor_penalty: float = 0.1  # on the square of what tanh turns into an action
 
 
 RANGES = {"batch_size": (2, 1e6), "anchor": (1, 1e6), "seed": (0, 1e9), "references": (1, 1e3)}
@@ -402,9 +403,11 @@ def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]
         q = (logits.softmax(2) * q_all).sum(2)  # the expected Q under pi
         data_distance = (logits.argmax(2) != actions).float().mean()
     else:
-        pi = nets.actor(x).tanh()
+        logits = nets.actor(x)
+        pi = logits.tanh()
         q = nets.critic(x, pi[:, :, None], twins=1)[0].squeeze(2)
-        losses = -q
+        # In the corners tanh has no gradient: an actor that an early critic sent there stays.
+        losses = args.actor_penalty * logits.square().mean(2) - q
         data_distance = (pi.detach() - actions).square().mean()
     loss = (losses * batch["alive"].T).mean(1).sum()
     return loss, {"q_policy": q.detach().mean(), "data_distance": data_distance, "actor_loss": loss.detach()}

@@ -28,11 +28,11 @@ for quality, (lambda1, lambda2) in PAPER_LAMBDAS.items():
 
 # Does credit pay, and whose? (paper/credit.py) R / N is what MACCA is compared with. "Rolled": each agent is told the
 # next agent's share. "Oracle": the Shapley value of the true reward function. "Paid": the recorded individual rewards.
-# Settings and seeds: no pilot used these seeds. CQL has others, as its first setting was given up after runs with 21 to
-# 25 (paper/results/pilots.csv).
+# Settings and seeds: no pilot used these seeds. CQL has others, as two settings were given up after runs with 21 to 25
+# and 31 to 35 (paper/results/pilots.csv).
 CREDIT = {
     "omar": ("--alpha 0.2", [21, 22, 23, 24, 25]),
-    "cql": ("--alpha 0.2 --learning-rate 3e-3", [31, 32, 33, 34, 35]),
+    "cql": ("--alpha 0.2", [41, 42, 43, 44, 45]),
     "icq": ("--beta 0.01", [21, 22, 23, 24, 25]),
 }
 for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world", "world")):

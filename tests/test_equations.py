@@ -437,11 +437,11 @@ def test_zeroth_order_actions_find_a_known_maximum():
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("discrete", [False, True])
 def test_actor_loss(script, discrete):
-    """CQL: -Q (discrete: the distance to the best action). OMAR, Eq. 8: tau distance - (1 - tau) Q.
+    """CQL: 0.3 mean(atanh(pi)^2) - Q (discrete: the distance to the best action).
 
-    ICQ: distance to the data times softmax(advantage / beta).
+    OMAR, Eq. 8: tau distance - (1 - tau) Q. ICQ: distance to the data times softmax(advantage / beta).
     """
-    args = make_args(script, tau=0.6, beta=0.5, omar_rounds=2, omar_samples=5)
+    args = make_args(script, tau=0.6, beta=0.5, omar_rounds=2, omar_samples=5, actor_penalty=0.3)
     nets, batch = make_nets(script, discrete), make_batch(discrete)
     observations = batch["observations"].transpose(0, 1)
     torch.manual_seed(5)
@@ -472,13 +472,14 @@ def test_actor_loss(script, discrete):
                 advantage = min(slow_q(nets, "critic", twin, i, now, action) for twin in range(2)) - q_policy
                 goal = a_hat[i, b] if script is macca_omar else action
                 distance = float((pi - goal).square().sum())
+                distance = 0.3 * float(pi.atanh().square().mean()) if script is macca_cql else distance
                 distances.append(float((pi - action).square().mean()))
             terms.append((q_policy, advantage, distance))
         q, advantages, distance = np.array(terms).T  # [B] each
         q_policies.append(q)
         q, advantages, distance = (x[batch["alive"][:, i].numpy()] for x in (q, advantages, distance))  # the living
         if script is macca_cql:
-            expected += (distance if discrete else -q).sum() / B
+            expected += (distance if discrete else distance - q).sum() / B
         elif script is macca_omar:
             expected += (0.6 * distance - 0.4 * q).sum() / B
         else:
