@@ -19,7 +19,7 @@ from runs import Printing, run_missing
 from tables import TABLES
 
 NAMES = [name for name in TABLES if name.startswith("credit-") and name.count("-") > 2]
-COLOURS = ["#e6ab02", "#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#a6761d", "#e7298a", "0.6"]
+COLOURS = ["#e6ab02", "#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#a6761d", "#e7298a", "0.6", "0.3"]
 PAPER = {  # the MACCA columns of the paper's Table 1
     "cn-medium-replay": {"cql": 15.9, "omar": 33.2, "icq": 28.6},
     "cn-medium": {"cql": 45.0, "omar": 67.9, "icq": 70.3},
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     there = {table: runs for table in NAMES if (runs := by_label(table))}
     if not there:
         fail("there are no results in paper/results/credit-*.csv yet; run it without --show")
-    labels = list(TABLES[NAMES[0]][1])
+    labels = list(dict.fromkeys(label for name in NAMES for label in TABLES[name][1]))
 
     head, scores, gaps = ["data, backbone"], [], []
     for table, runs in there.items():
