@@ -3,9 +3,8 @@
     python macca_icq.py --env mpe/simple_spread --dataset expert  # ICQ: https://arxiv.org/abs/2106.03400
 
 MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers are its).
-`update_causal_model`, `assign_credit` and `update` are Algorithm 1, one after the other. Each agent
-has its own actor and twin critics, all computed at once, so weights and activations begin with the
-agent's dimension. N agents, T transitions, B batch, O observation, A action, S joint state, K samples.
+`update_causal_model`, `assign_credit` and `update` are Algorithm 1. Each agent has its own actor and twin critics, all
+computed at once: N agents come first in shapes. T transitions, B batch, O observation, A action, S state, K samples.
 """
 
 import signal
@@ -160,7 +159,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         x = file[name]
         fits, found = x.shape == shape and kind in x.dtype.name, f"{x.dtype} {list(x.shape)}"
         require(fits, f"{path}: {name} is {found}, expected {kind} {list(shape)} for --env {args.env}")
-        within = (abs(x) < np.float32(1e9)).all()  # before the cast, which can overflow
+        within = -1e9 < x.min(initial=0) and x.max(initial=0) < 1e9  # before the cast, which can overflow
         require(within, f"{path}: {name} holds NaN, infinity or more than 1e9")
         return x.astype({"float": np.float32, "int": np.int64, "bool": bool}[kind], copy=False)
 
@@ -219,14 +218,15 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
 
 
 def hold_out(data: Batch) -> tuple[Batch, Batch]:
-    """Split off random whole episodes to measure the credit on, the same for all seeds."""
+    """Split off random whole episodes to measure the credit on, the same for all seeds. Empties `data`."""
     ends = (data["terminals"] | data["timeouts"]).long()
     episode = ends.cumsum(0) - ends  # [T]
     order = torch.randperm(int(ends.sum()), generator=torch.Generator().manual_seed(0))
     lengths = torch.bincount(episode)[order]
     held = torch.isin(episode, order[lengths.cumsum(0) - lengths < min(1e4, len(ends) / 10)])
     kept = ~held if (~held).sum() > 1 else held | ~held  # a single episode is both
-    return {name: x[kept] for name, x in data.items()}, {name: x[held] for name, x in data.items()}
+    held_out = {name: x[held] for name, x in data.items()}
+    return {name: data.pop(name)[kept] for name in [*data]}, held_out  # there is never a second copy of all
 
 
 def sample(data: Batch, batch_size: int) -> Batch:
@@ -488,7 +488,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     try:
         data, metadata = load_dataset(path, args, env)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
         parts, device = hold_out(data), "cuda" if args.cuda else "cpu"
         data, held_out = ({name: x.to(device) for name, x in part.items()} for part in parts)
         nets, causal_model, optimizers = build(args, data, metadata)

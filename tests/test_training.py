@@ -380,7 +380,7 @@ def test_held_out_episodes(script):
     lengths = np.random.default_rng(0).integers(1, 40, 300).tolist()
     data = make_episodes(lengths)
     torch.manual_seed(1)
-    kept, held = script.hold_out(data)
+    kept, held = script.hold_out(dict(data))
     drawn = torch.rand(1)
     for name, value in data.items():  # every row is in one of both, whole and in the order that it had
         pairs = zip((kept, held), (kept["rewards"].long(), held["rewards"].long()), strict=True)
@@ -394,7 +394,7 @@ def test_held_out_episodes(script):
     # The same ones whatever the seed, and nothing random is used up: the run is that of its seed.
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(1))
-    assert torch.equal(script.hold_out(data)[1]["rewards"], held["rewards"])
+    assert torch.equal(script.hold_out(dict(data))[1]["rewards"], held["rewards"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -403,7 +403,7 @@ def test_held_out_of_large_and_single_episodes(script):
     _, held = script.hold_out(make_episodes([25] * 5000))
     assert len(held["rewards"]) == 10_000
     data = make_episodes([50])
-    for part in script.hold_out(data):
+    for part in script.hold_out(dict(data)):
         assert part.keys() == data.keys() and all(torch.equal(part[name], data[name]) for name in data)
 
 
@@ -503,7 +503,7 @@ def test_a_run_by_hand(script, credit, standardize, tmp_path, monkeypatch):
     args = script.Args(**checkpoint["args"])
     torch.manual_seed(3)
     data, metadata = load(script, path)
-    data, held_out = script.hold_out(data)
+    data, held_out = script.hold_out(dict(data))
     nets, model, optimizers = script.build(args, data, metadata)
     for _ in range(5 if credit == "macca" else 0):
         script.update_causal_model(script.sample(data, 16), model, optimizers)
@@ -663,7 +663,7 @@ def test_metrics_of_a_run(script, tmp_path, monkeypatch):
 
     checkpoint = torch.load(toy.run_folder(tmp_path) / "checkpoint.pt", weights_only=True)
     args, (data, metadata) = script.Args(**checkpoint["args"]), load(script, path, True)
-    data, held_out = script.hold_out(data)
+    data, held_out = script.hold_out(dict(data))
     nets, model, _ = script.build(args, data, metadata)
     nets.load_state_dict(checkpoint["nets"])
     model.load_state_dict(checkpoint["causal_model"])
