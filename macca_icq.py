@@ -159,7 +159,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         x = file[name]
         fits, found = x.shape == shape and kind in x.dtype.name, f"{x.dtype} {list(x.shape)}"
         require(fits, f"{path}: {name} is {found}, expected {kind} {list(shape)} for --env {args.env}")
-        within = -1e9 < x.min(initial=0) and x.max(initial=0) < 1e9  # before the cast, which can overflow
+        within = -1e9 < x.min(initial=0).item() and x.max(initial=0).item() < 1e9  # before the cast, which can overflow
         require(within, f"{path}: {name} holds NaN, infinity or more than 1e9")
         return x.astype({"float": np.float32, "int": np.int64, "bool": bool}[kind], copy=False)
 
