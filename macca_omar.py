@@ -95,7 +95,7 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
     sys.path.append(os.getcwd())  # after the script's own folder, look in the user's
     try:
         family, _, task = name.partition("/")
-        module, _, factory = name.partition(":")
+        module, _, factory = family.partition(":")
         module = importlib.import_module(module if factory else f"data.{family}")
         env = getattr(module, factory)() if factory else module.parallel_env(task)
         spaces = [(env.observation_space(a).shape, env.action_space(a)) for a in env.possible_agents]
