@@ -14,7 +14,17 @@ import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from rows import RESULTS, by_label, fail, mean_interval, mean_std, numbers, paired, print_table
+from rows import (
+    RESULTS,
+    by_label,
+    fail,
+    hierarchical_interval,
+    mean_interval,
+    mean_std,
+    numbers,
+    paired,
+    print_table,
+)
 from runs import Printing, run_missing
 from tables import TABLES
 
@@ -48,6 +58,14 @@ if __name__ == "__main__":
     print_table([*head, *labels, "the paper's MACCA"], scores)
     print("\nDifference to R / N, paired by seed, with 95 % intervals:\n")
     print_table([*head, "seeds", *labels[1:], "team NMSE", "cause skill"], gaps)
+    print("\nMean difference to R / N over the tables that have both, with a 95 % bootstrap of tables and seeds:\n")
+    for label in labels[1:]:
+        pairs = [paired(runs.get(label, {}), runs.get("R / N", {}), "score") for runs in there.values()]
+        pairs = [seeds for seeds in pairs if seeds]
+        if len(pairs) > 1:  # one table alone says nothing about other data
+            mean, (low, high) = statistics.mean(map(statistics.mean, pairs)), hierarchical_interval(pairs)
+            counts = f"{len(pairs)} tables, {sum(map(len, pairs))} pairs of seeds"
+            print(f"- {label}: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {counts})")
 
     figure, axes = plt.subplots(figsize=(11, 4))
     shown = [label for label in labels if label != "R" and any(label in runs for runs in there.values())]

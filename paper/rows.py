@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+from scipy.special import stdtrit
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["macca_cql.py", "macca_omar.py", "macca_icq.py"]
 RESULTS = ROOT / "paper" / "results"
@@ -73,10 +76,25 @@ def paired(one: Runs, other: Runs, column: str) -> list[float]:
 
 def t_interval(values: Sequence[float]) -> float:
     """Half the width of Student's 95 % interval of a mean."""
-    table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201]
-    freedom = len(values) - 1
-    t = table[freedom - 1] if freedom <= len(table) else 1.960 + 2.372 / freedom + 2.823 / freedom**2
+    t = float(stdtrit(len(values) - 1, 0.975))
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def hierarchical_interval(datasets: Sequence[Sequence[float]], draws: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean over datasets of the mean over seeds, each dataset a list of values, one per seed.
+
+    A bootstrap draws datasets with replacement, then as many seeds within each drawn dataset as it has. A dataset that
+    is drawn twice gets its seeds drawn twice. The generator is fixed: the same values have the same interval.
+    On made-up datasets that differ it covers the truth in 87 to 88 % with six datasets, in 92 to 95 % with twenty.
+    """
+    rng, n = np.random.default_rng(0), len(datasets)
+    means = np.empty((n, draws, n))  # of each dataset's seeds, drawn anew for each place where it could be drawn
+    for number, values in enumerate(datasets):
+        seeds = rng.integers(len(values), size=(draws, n, len(values)))
+        means[number] = np.asarray(values, float)[seeds].mean(axis=2)
+    chosen = rng.integers(n, size=(1, draws, n))
+    low, high = np.quantile(np.take_along_axis(means, chosen, axis=0)[0].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def mean_std(values: Sequence[float], digits: int = 1) -> str:
