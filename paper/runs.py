@@ -3,6 +3,7 @@
     python paper/runs.py credit-cn-expert            # run what its file in paper/results lacks, then print the table
     python paper/runs.py credit-cn-expert --show     # print the table only
     python paper/runs.py paper-settings --commands   # print the command of every row: here the paper's Tables 9 and 10
+    python paper/runs.py credit-cn-expert --engine ray --address HOST:6379   # run on a Ray cluster
 
 A run is a script with its arguments and a seed. It is skipped if the file has a row with the same command, so a table
 can be stopped and continued. Where a label has several rows for a seed, the newest one is shown.
@@ -23,7 +24,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import rows
@@ -41,13 +42,19 @@ class Args:
     table: Annotated[str, tyro.conf.Positional]
     """one of the tables in paper/tables.py"""
     jobs: int = os.cpu_count() or 1
-    """runs side by side"""
+    """runs side by side; with --address as many as the cluster has room for"""
     only: str = ""
     """run this row alone"""
     show: bool = False
     """run nothing, print the results"""
     commands: bool = False
     """run nothing, print the command of every row"""
+    engine: Literal["local", "ray"] = "local"
+    """processes of this machine, or tasks of Ray"""
+    address: str = ""
+    """with --engine ray: the cluster to join (HOST:PORT or auto), else one is started on this machine"""
+    gpus: float = 0.0
+    """with --engine ray: the share of a GPU that each run reserves"""
 
 
 @dataclass
@@ -77,12 +84,12 @@ def commit() -> str:
 
 
 class Training:
-    """A run of a script, in a folder of its own that goes when the run has ended."""
+    """A run of a script, in a folder of its own below `parent` that goes when the run has ended."""
 
-    def __init__(self, label: str, seed: int, command: str):
+    def __init__(self, label: str, seed: int, command: str, parent: Path | None = None):
         self.label, self.seed, self.command, self.started = label, seed, command, time.monotonic()
         self.commit = commit()
-        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self.folder = tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)
         self.errors = Path(self.folder.name, "errors.txt")  # a pipe would fill up, as nobody reads it before the end
         script, *arguments = command.split()
         with open(self.errors, "w") as errors:
@@ -93,6 +100,30 @@ class Training:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
+
+    def done(self) -> bool:
+        return self.process.poll() is not None
+
+    def result(self) -> rows.Row | str:
+        """The row of a run that has ended or, if it failed, a sentence that says why."""
+        if not self.process.returncode:
+            return self.row()
+        said = [line for line in self.errors.read_text().splitlines() if line.strip()]
+        said = [line for line in said if "%|" not in line]  # no progress bars
+        reason = said[-1] if said else "it said nothing"
+        return f"{self.command} ended with status {self.process.returncode} ({reason})"
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def close(self) -> None:
+        """Wait for the end, which is forced after 20 s, and remove the folder."""
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.folder.cleanup()
 
     def row(self) -> rows.Row:
         """What a finished run found: scores of the last and the best policy, and what the run depends on."""
@@ -123,7 +154,9 @@ class Training:
         }
 
 
-def run_missing(table: str, jobs: int, only: str = "") -> None:
+def run_missing(
+    table: str, jobs: int, only: str = "", engine: str = "local", address: str = "", gpus: float = 0.0
+) -> None:
     """Run what a table's file lacks. SIGTERM and Ctrl-C end the trainings too."""
     seeds, commands = TABLES[table]
     path = rows.RESULTS / f"{table}.csv"
@@ -136,37 +169,37 @@ def run_missing(table: str, jobs: int, only: str = "") -> None:
         if not dataset(command).is_file():
             rows.fail(f"{dataset(command)} is missing; data/README.md says which command makes it")
 
-    running: list[Training] = []
-    failures, signals = [], []
+    cluster, running, failures, signals = None, [], [], []
     handlers = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    start = Training
+    if engine == "ray" and todo:
+        from ray_engine import Cluster  # here, as nothing else needs Ray
+
+        cluster = Cluster({command: dataset(command) for _, _, command in todo}, commit(), address, jobs, gpus)
+        start, jobs = cluster.start, len(todo)  # Ray runs what it has room for, the others wait
     progress = tqdm(total=len(todo), desc=table, unit="run", smoothing=0)
     try:
         while (todo or running) and not signals:
             while todo and len(running) < max(jobs, 1):
-                running.append(Training(*todo.pop(0)))
+                running.append(start(*todo.pop(0)))
             time.sleep(0.2)
-            for training in [training for training in running if training.process.poll() is not None]:
+            for training in [training for training in running if training.done()]:
                 running.remove(training)
-                if training.process.returncode:
-                    said = [line for line in training.errors.read_text().splitlines() if line.strip()]
-                    said = [line for line in said if "%|" not in line]  # no progress bars
-                    reason = said[-1] if said else "it said nothing"
-                    failures.append(f"{training.command} ended with status {training.process.returncode} ({reason})")
+                result = training.result()
+                if isinstance(result, str):
+                    failures.append(result)
                 else:
-                    rows.add(path, training.row())
-                training.folder.cleanup()
+                    rows.add(path, result)
+                training.close()
                 progress.update()
     finally:
         progress.close()
         for training in running:
-            training.process.terminate()
+            training.terminate()
         for training in running:
-            try:
-                training.process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                training.process.kill()
-                training.process.wait()
-            training.folder.cleanup()
+            training.close()
+        if cluster:
+            cluster.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if signals:
@@ -214,6 +247,8 @@ if __name__ == "__main__":
         for label, command in TABLES[args.table][1].items():
             print(f"# {label}\npython {command}")
         raise SystemExit
+    if args.engine == "local" and (args.address or args.gpus):
+        rows.fail("--address and --gpus are for --engine ray")
     if not args.show:
-        run_missing(args.table, args.jobs, args.only)
+        run_missing(args.table, args.jobs, args.only, args.engine, args.address, args.gpus)
     show(args.table)
