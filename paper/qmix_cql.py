@@ -72,9 +72,8 @@ RANGES = {"batch_size": (2, 1e6), "seed": (0, 1e9), "gamma": (0, 1), "learning_r
 
 def joint_states(data: Batch) -> tuple[Tensor, Tensor]:
     """s and s', [T, S] each: the dataset's states, or the observations side by side."""
-    if "states" in data:
-        return data["states"], data["next_states"]
-    return data["observations"].flatten(1), data["next_observations"].flatten(1)
+    name = "states" if "states" in data else "observations"
+    return data[name].flatten(1), data[f"next_{name}"].flatten(1)
 
 
 # === ALGORITHM LOGIC: QMIX and CQL ===
@@ -138,8 +137,8 @@ def joint_values(batch: Batch, nets: Networks, args: Args) -> Tensor:
     uniform = torch.multinomial(masks.flatten(0, 1).float(), args.cql_samples, replacement=True)
     actions = torch.cat([batch["actions"][..., None], uniform.view(*masks.shape[:2], -1)], dim=2)  # [B, N, 1 + K]
     q = nets.agents(nets.inputs(batch["observations"])).transpose(0, 1).gather(2, actions)
-    q = q * batch["alive"][..., None]  # a dead agent's network learns nothing from its one action
-    return nets.mixer(q.transpose(1, 2), nets.states(joint_states(batch)[0]))
+    q = (q * batch["alive"][..., None]).transpose(1, 2)  # a dead agent's network learns nothing from its one action
+    return nets.mixer(q, nets.states(joint_states(batch)[0]))
 
 
 @torch.no_grad()
@@ -148,8 +147,7 @@ def target(batch: Batch, nets: Networks, args: Args) -> Tensor:
     x = nets.inputs(batch["next_observations"])
     best = nets.agents(x).transpose(0, 1).masked_fill(~batch["next_action_masks"], -torch.inf).argmax(2)
     q = nets.agents_target(x).transpose(0, 1).gather(2, best[..., None]).squeeze(2)  # [B, N]
-    q = q * batch["next_alive"]
-    total = nets.mixer_target(q[:, None], nets.states(joint_states(batch)[1])).squeeze(1)
+    total = nets.mixer_target((q * batch["next_alive"])[:, None], nets.states(joint_states(batch)[1])).squeeze(1)
     # Only a terminal ends the team's future, not the death of one agent.
     return batch["rewards"] + args.gamma * ~batch["terminals"] * total
 
@@ -197,12 +195,10 @@ def load(args: Any, env: Any) -> tuple[Batch, dict, dict]:
         data["has_next_state"] = ~data["timeouts"]  # none is stored after a time limit
     if args.standardize_rewards:
         # If episodes can end early, minus the mean would reward or punish survival.
-        center = ~data["terminals"].any() & data["next_alive"].all()
-        rewards = data["rewards"][:, None]
+        center, rewards = ~data["terminals"].any() & data["next_alive"].all(), data["rewards"][:, None]
         data["rewards"] = standardize(rewards, torch.ones_like(rewards, dtype=torch.bool), center).squeeze(1)
     data, _ = hold_out(data)  # as in the other scripts, so that all train on the same rows
-    about = {"dataset_sha256": digest, "transitions": len(data["rewards"])}
-    return data, metadata, about
+    return data, metadata, {"dataset_sha256": digest, "transitions": len(data["rewards"])}
 
 
 def train(args: Any, ranges: dict, build: Callable, update: Callable[..., Batch], continuous: bool) -> None:
@@ -218,15 +214,13 @@ def train(args: Any, ranges: dict, build: Callable, update: Callable[..., Batch]
     require(discrete or continuous, f"--env {args.env} has continuous actions, this algorithm needs discrete ones")
     torch.manual_seed(args.seed)
     data, metadata, about = load(args, env)
-    free = data.get("action_masks", data["alive"]).all()  # every action is allowed
-    require(gives_masks or free, f"the dataset has action masks, --env {args.env} has none")
+    unmasked = data.get("action_masks", data["alive"]).all()
+    require(gives_masks or unmasked, f"the dataset has action masks, --env {args.env} has none")
     data = {name: x.to("cuda" if args.cuda else "cpu") for name, x in data.items()}
     nets = build(data, args).to(data["rewards"].device)
-    script = Path(sys.argv[0]).stem
-    name = f"{args.env.replace('/', '-').replace(':', '-')}__{script}__{args.seed}"
+    name = f"{args.env.replace('/', '-').replace(':', '-')}__{Path(sys.argv[0]).stem}__{args.seed}"
     run, table = Path("runs", f"{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"), []
-    config = {"args": vars(args), **about, "command": sys.argv}
-    write(run / "config.json", json.dumps(config, indent=2).encode())
+    write(run / "config.json", json.dumps({"args": vars(args), **about, "command": sys.argv}, indent=2).encode())
     print(f"{about['transitions']} transitions; run folder {run}")
     stop: list[int] = []  # the first Ctrl-C ends after this update or evaluation, the second at once
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -245,10 +239,7 @@ def train(args: Any, ranges: dict, build: Callable, update: Callable[..., Batch]
             require(x.isfinite(), f"{name} is {x:g} at iteration {iteration} of {run}; lower the learning rate")
         if due:
             episodes = args.final_episodes if last else args.eval_episodes
-            try:
-                row = evaluate(env, nets, metadata, episodes, seed=1000 * args.seed)
-            except Exception as error:
-                require(False, f"--env {args.env} failed: {error!r}")
+            row = evaluate(env, nets, metadata, episodes, seed=1000 * args.seed)
             progress.write(f"iteration {iteration}: {', '.join(f'{name} {x:.3g}' for name, x in row.items())}")
             row |= {name: x.item() for name, x in logs.items()}
             table.append({"iteration": iteration, "episodes": episodes, **row})
