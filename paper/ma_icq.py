@@ -48,7 +48,7 @@ class Args:
     cuda: bool = torch.cuda.is_available()  # train on the GPU
     total_iterations: int = 2_000  # each one update of critics and mixer, then of actors
     batch_size: int = 1024  # transitions, each with all agents
-    gamma: float = 0.99  # discount factor
+    gamma: float = 0.95  # discount factor
     learning_rate: float = 3e-3  # of actors, critics and mixer (Adam)
     hidden_dim: int = 64  # width of the two hidden layers
     embed_dim: int = 32  # width of the mixer
@@ -58,7 +58,7 @@ class Args:
     eval_episodes: int = 32  # of an evaluation during training
     final_episodes: int = 100  # of the last evaluation
     # Algorithm specific
-    beta: float = 0.1  # temperature of the actors' weights; 1e6 clones
+    beta: float = 1.0  # temperature of the actors' weights; 1e6 clones
     critic_beta: float = 1_000.0  # temperature of the target's weights; 1e6 is SARSA
 
 

@@ -345,7 +345,10 @@ REWARDS = torch.tensor(
 )
 
 
-@pytest.mark.parametrize(("module", "setting"), [(qmix_cql, {"cql_weight": 0.5}), (ma_icq, {"learning_rate": 1e-2})])
+GAME = [(qmix_cql, {"cql_weight": 0.5}), (ma_icq, {"learning_rate": 1e-2, "beta": 0.1})]
+
+
+@pytest.mark.parametrize(("module", "setting"), GAME)
 def test_matrix_game(module, setting):
     """One step, all actions equally often: the best joint action is found, and no illegal fourth one is played."""
     data = make_data(2000, agents=2, states=False)
