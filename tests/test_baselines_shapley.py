@@ -26,6 +26,12 @@ import macca_cql
 B, N, A = 6, 3, 5
 
 
+@pytest.fixture(autouse=True)
+def name_in_errors(monkeypatch):
+    """paper/shaq.py puts its name into the errors of macca_cql: for a test only."""
+    monkeypatch.setattr(macca_cql, "__file__", macca_cql.__file__)
+
+
 def make_batch(discrete=True, n=N):
     """Random rows without a death or an end; the last action is forbidden to all."""
     yes = torch.ones(B, n, dtype=torch.bool)
