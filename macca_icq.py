@@ -43,7 +43,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class Args:
-    env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
+    env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or [zoo/]package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
     credit: Literal["macca", "team", "uniform", "truth", "oracle"] = "macca"  # its share, R, R / N, paid, caused
     standardize_rewards: bool = True  # by one deviation, of all agents' rewards
@@ -69,8 +69,8 @@ class Args:
     anchor: float = 5.0  # price of edges from other agents' dimensions; paper: 1
     h: float = 0.1  # less probable edges do not count in the credit (Eq. 6)
     references: int = 8  # rows that stand for absent agents (Shapley)
-    causal_iterations: int = 3_000  # of its training, before that of the policies
-    causal_learning_rate: float = 1e-2  # of the reward predictor, falls to 0
+    causal_iterations: int = 3_000  # of its training, which comes first: iterations below 0
+    causal_learning_rate: float = 1e-2  # of the reward predictor; all rates of the model fall to 0
     # Algorithm specific
     expectile: float = 0.7  # of the critic's error (Eq. 9): 0.5 is the mean, near 1 the best
     beta: float = 0.3  # temperature of the actor's weights; 0.01 where data are no expert's; 1e6 clones
@@ -224,7 +224,7 @@ def hold_out(data: Batch) -> tuple[Batch, Batch]:
     order = torch.randperm(int(ends.sum()), generator=torch.Generator().manual_seed(0))
     lengths = torch.bincount(episode)[order]
     held = torch.isin(episode, order[lengths.cumsum(0) - lengths < min(1e4, len(ends) / 10)])
-    kept = ~held if (~held).sum() > 1 else held | ~held  # a single episode is both
+    kept = ~held if (~held).sum() > 1 else torch.ones_like(held)  # a single episode is both
     held_out = {name: x[held] for name, x in data.items()}
     return {name: data.pop(name)[kept] for name in [*data]}, held_out  # there is never a second copy of all
 
