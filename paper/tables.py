@@ -35,6 +35,7 @@ CREDIT = {"omar": "--alpha 0.2", "cql": "--alpha 0.2", "icq": "--beta 0.01"}
 OTHER = {"world-medium-omar": "--alpha 1", "world-medium-cql": "--alpha 1"}
 OTHER |= {"world-medium-icq": "--beta 0.1", "pp-medium-icq": "--beta 0.1"}
 OWN = {"cn-medium-replay-cql": "--alpha 0.5", "cn-medium-cql": "--alpha 0.05", "cn-medium-replay-icq": "--beta 0.1"}
+OWN |= {"world-medium-omar": "--alpha 2", "world-medium-cql": "--alpha 2", "world-medium-icq": "--beta 1"}
 for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world", "world")):
     for quality in ("medium-replay", "medium"):
         where = f"--env mpe/{task} --dataset {quality} --eval-interval 1000"
@@ -48,6 +49,7 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
                     "R / N": f"{train} {setting} --credit uniform",
                     **({"R / N, its best setting": f"{train} {own} --credit uniform"} if own else {}),
                     "MACCA": f"{train} {setting}",
+                    **({"MACCA, R / N's best setting": f"{train} {own}"} if own else {}),
                     "MACCA, rolled": f"paper/rolled.py {train} {setting}",
                     "MACCA, slots (Eq. 6)": f"{train} {setting} --share slots",
                     "oracle": f"{train} {setting} --credit oracle",
