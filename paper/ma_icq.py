@@ -41,7 +41,7 @@ from macca_icq import Batch, Critic, stacked_mlp
 
 @dataclass
 class Args:
-    env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
+    env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or [zoo/]package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
     standardize_rewards: bool = True  # by the deviation of the team reward over the whole dataset
     seed: int = 1  # of weights, minibatches and evaluation episodes

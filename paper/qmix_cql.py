@@ -46,7 +46,7 @@ from macca_icq import Batch, evaluate, hold_out, make_env, require, sample, stac
 
 @dataclass
 class Args:
-    env: str = "smax/2s3z"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
+    env: str = "smax/2s3z"  # mpe/TASK, smax/MAP, smac/MAP, or [zoo/]package.module:factory
     dataset: str = "medium"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
     standardize_rewards: bool = True  # by the deviation of the team reward over the whole dataset
     seed: int = 1  # of weights, minibatches and evaluation episodes

@@ -19,49 +19,27 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the slow imports
 
-import hashlib
-import json
 import math
-import os
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import tyro
-from rows import ROOT, dataset_path
+from qmix_cql import joint_states, train
 from torch import Tensor, nn
 from torch.optim import Adam
-from tqdm import tqdm
 
-sys.path.insert(0, str(ROOT))
-import macca_cql
-from data.files import run as run_command
-from macca_cql import (
-    Batch,
-    evaluate,
-    hold_out,
-    load_dataset,
-    make_env,
-    require,
-    sample,
-    stacked_mlp,
-    standardize,
-    write,
-)
+from macca_icq import Batch, stacked_mlp
 
 
 @dataclass
 class Args:
-    env: str = "smax/2s3z"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
+    env: str = "smax/2s3z"  # mpe/TASK, smax/MAP, smac/MAP, or [zoo/]package.module:factory
     dataset: str = "medium"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
     standardize_rewards: bool = True  # by the team reward's deviation
     seed: int = 1  # of weights, minibatches and evaluation episodes
+    cuda: bool = torch.cuda.is_available()  # train on the GPU
     total_iterations: int = 2_000  # each one update
     batch_size: int = 256  # transitions, each with all agents
     gamma: float = 0.99  # discount factor
@@ -77,36 +55,7 @@ class Args:
     orders: int = 10  # random orders of the agents, all of them if they are no more
 
 
-RANGES = {"batch_size": (2, 1e6), "seed": (0, 1e9), "gamma": (0, 1), "target_rate": (0, 1), "orders": (1, 1e3)}
-
-
-def prepare(args: Any) -> tuple[Any, Batch, dict, str]:
-    """The environment, the dataset as tensors [T, ...], its metadata and its checksum. Bad input ends with status 2."""
-    macca_cql.__file__ = sys.argv[0]  # its errors name the script that runs
-    for name, value in vars(args).items():
-        low, high = RANGES.get(name, (int(type(value) is int), 1e9))  # integers from 1
-        fits = type(value) not in (int, float) or low <= value <= high
-        require(fits, f"--{name.replace('_', '-')} is {value}, expected {low} to {high:g}")
-    env, gives_masks = make_env(args.env, 1000 * args.seed)
-    path = dataset_path(args.env, args.dataset).resolve()
-    try:
-        data, metadata = load_dataset(path, macca_cql.Args(env=args.env, credit="team"), env)
-        digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
-    except Exception as error:  # of many kinds
-        require(False, f"the dataset {path} cannot be used: {error}")
-    free = data.get("action_masks", data["alive"]).all()  # every action is allowed
-    require(gives_masks or free, f"{path} has action masks, --env {args.env} has none")
-    data = {name: x for name, x in data.items() if name not in ("individual_rewards", "shapley_rewards")}
-    if args.standardize_rewards:  # minus the mean only if no episode can end early
-        rewards, center = data["rewards"][:, None], ~data["terminals"].any() & data["next_alive"].all()
-        data["rewards"] = standardize(rewards, torch.ones_like(rewards, dtype=torch.bool), center).squeeze(1)
-    print(f"{len(data['rewards'])} transitions of {path}")
-    return env, data, metadata, digest
-
-
-def joint_state(batch: Batch) -> Tensor:
-    """The joint state [B, S]: the dataset's, else the observations side by side."""
-    return batch["states"] if "states" in batch else batch["observations"].flatten(1)
+RANGES = {"batch_size": (2, 1e6), "seed": (0, 1e9), "gamma": (0, 1), "orders": (1, 1e3)}
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,13 +64,13 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), torch.where(std > 1e-6, std, 1.0)
 
 
-def before(shape: torch.Size, orders: int) -> Tensor:
-    """Orders of the agents for a shape [B, N], the same for all agents: is j before i? [B, M, N (i), N (j)], bool."""
-    batch_size, n = shape
+def before(alive: Tensor, orders: int) -> Tensor:
+    """Orders of the agents for a batch [B, N], the same for all agents: is j before i? [B, M, N (i), N (j)], bool."""
+    batch_size, n = alive.shape
     if math.factorial(n) <= orders:  # all of them cost no more
-        places = torch.tensor(list(permutations(range(n)))).expand(batch_size, -1, -1)
+        places = torch.tensor(list(permutations(range(n))), device=alive.device).expand(batch_size, -1, -1)
     else:
-        places = torch.rand(batch_size, orders, n).argsort(2)  # [B, M, N]
+        places = torch.rand(batch_size, orders, n, device=alive.device).argsort(2)  # [B, M, N]
     return places[:, :, None, :] < places[:, :, :, None]
 
 
@@ -153,8 +102,10 @@ class Networks(nn.Module):
         self.q, self.q_target = stacked_mlp(*dims), stacked_mlp(*dims).requires_grad_(False)
         self.q_target.load_state_dict(self.q.state_dict())
         self.mean, self.std = (nn.Buffer(x[:, None]) for x in statistics(data["observations"]))  # [N, 1, O]
-        self.state_mean, self.state_std = map(nn.Buffer, statistics(joint_state(data)))
+        self.state_mean, self.state_std = map(nn.Buffer, statistics(joint_states(data)[0]))
         self.weighting = Weighting(len(self.state_mean))
+        self.updates = 0
+        self.optimizer = Adam([*self.q.parameters(), *self.weighting.parameters()], lr=args.learning_rate, fused=True)
 
     def inputs(self, observations: Tensor) -> Tensor:
         """[B, N, O] -> standardised, agents first: [N, B, O]."""
@@ -183,7 +134,7 @@ def shaq_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]:
     q_taken = q_all.gather(2, actions[..., None]).squeeze(2)
     q = q_taken * alive  # [B, N]
     greedy = allowed.argmax(2) == actions
-    weights = alpha_hat(joint_state(batch), q, alive, nets, before(q.shape, args.orders))
+    weights = alpha_hat(joint_states(batch)[0], q, alive, nets, before(alive, args.orders))
     delta = torch.where(greedy, 1.0, weights)
     with torch.no_grad():
         next_x = nets.inputs(batch["next_observations"])
@@ -201,55 +152,20 @@ def shaq_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]:
     return loss, {n: x.detach() for n, x in logs.items()} | {"data_distance": distance, "delta": delta.detach().mean()}
 
 
-def update(iteration: int, batch: Batch, nets: Networks, optimizer: Adam, args: Args) -> Batch:
+def update(batch: Batch, nets: Networks, args: Args) -> Batch:
     """One step of Q and F_s on a minibatch, and now and then a new target."""
     loss, logs = shaq_loss(batch, nets, args)
-    optimizer.zero_grad()
+    nets.optimizer.zero_grad()
     loss.backward()
     for network in (nets.q, nets.weighting):
         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
-    optimizer.step()
-    if iteration % args.target_interval == 0:
+    nets.optimizer.step()
+    nets.updates += 1
+    if nets.updates % args.target_interval == 0:
         nets.q_target.load_state_dict(nets.q.state_dict())
     return logs
 
 
 # === End of the algorithm ===
-def train(args: Any, env, nets: Any, learn: Callable, data: Batch, metadata: dict, digest: str) -> None:
-    """Call learn(iteration, minibatch), evaluate now and then, write config.json and metrics.csv of a run folder."""
-    name = f"{args.env.replace('/', '-').replace(':', '-')}__{Path(sys.argv[0]).stem}__{args.seed}"
-    run = Path("runs", f"{name}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    config = {"args": vars(args), "dataset_sha256": digest, "command": sys.argv}
-    write(run / "config.json", json.dumps(config, indent=2).encode())
-    print(f"run folder {run}")
-    evaluations = []
-    for iteration in tqdm(range(1, args.total_iterations + 1), unit="it", mininterval=1):
-        logs, last = learn(iteration, sample(data, args.batch_size)), iteration == args.total_iterations
-        due = last or iteration % args.eval_interval == 0
-        for name, x in logs.items() if due or iteration % 100 == 0 else ():
-            require(x.isfinite(), f"{name} is {x:g} at iteration {iteration} of {run}; lower the learning rate")
-        if due:
-            episodes = args.final_episodes if last else args.eval_episodes
-            found = evaluate(env, nets, metadata, episodes, seed=1000 * args.seed) | logs
-            evaluations.append({"iteration": iteration, "episodes": episodes} | {n: float(x) for n, x in found.items()})
-            lines = [evaluations[0].keys(), *(row.values() for row in evaluations)]
-            write(run / "metrics.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-            shown = [f"{n} {x:.3g}" for n, x in evaluations[-1].items() if n not in ("iteration", "episodes")]
-            tqdm.write(f"iteration {iteration}: {', '.join(shown)}")
-
-
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    env, data, metadata, digest = prepare(args)
-    require("action_masks" in data, f"--env {args.env} has continuous actions, SHAQ needs discrete ones")
-    data, _ = hold_out(data)  # the rows that the other scripts train on
-    torch.manual_seed(args.seed)
-    nets = Networks(data, args)
-    optimizer = Adam([x for x in nets.parameters() if x.requires_grad], lr=args.learning_rate, fused=True)
-    learn = lambda iteration, batch: update(iteration, batch, nets, optimizer, args)  # noqa: E731
-    train(args, env, nets, learn, data, metadata, digest)
-
-
 if __name__ == "__main__":
-    run_command(main)
+    train(tyro.cli(Args, description=__doc__), RANGES, Networks, update, continuous=False)

@@ -24,19 +24,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import tyro
-from shaq import Batch, before, hold_out, joint_state, prepare, require, run_command, stacked_mlp, statistics, train
+from qmix_cql import joint_states, train
+from shaq import before, statistics
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from macca_cql import StackedLinear
+from macca_icq import Batch, StackedLinear, stacked_mlp
 
 
 @dataclass
 class Args:
-    env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or package.module:factory
+    env: str = "mpe/simple_spread"  # mpe/TASK, smax/MAP, smac/MAP, or [zoo/]package.module:factory
     dataset: str = "expert"  # a file, or a QUALITY: data/datasets/ENV/QUALITY.npz
     standardize_rewards: bool = True  # by the team reward's deviation
     seed: int = 1  # of weights, minibatches and evaluation episodes
+    cuda: bool = torch.cuda.is_available()  # train on the GPU
     total_iterations: int = 2_000  # each one update of critic and actor
     batch_size: int = 256  # transitions, each with all agents
     gamma: float = 0.99  # discount factor
@@ -52,15 +54,7 @@ class Args:
     entropy_weight: float = 0.005  # in the actor's loss, discrete actions
 
 
-def add_next_states(data: Batch) -> Batch:
-    """Adds next_states [T, S] and has_next_state [T]. The rows must still be in the dataset's order.
-
-    Nothing is stored for the state after an episode. Observations have theirs, so those side by side always have one.
-    """
-    if "states" not in data:
-        return data | {"has_next_state": torch.ones_like(data["terminals"])}
-    # After a terminal no next state is needed. After a timeout none was recorded.
-    return data | {"next_states": data["states"].roll(-1, 0), "has_next_state": ~data["timeouts"]}
+RANGES = {"batch_size": (2, 1e6), "seed": (0, 1e9), "gamma": (0, 1), "target_rate": (0, 1), "orders": (1, 1e3)}
 
 
 # === ALGORITHM LOGIC: SQDDPG ===
@@ -93,13 +87,17 @@ class Networks(nn.Module):
         self.action_dim = data["action_masks" if self.discrete else "actions"].shape[2]
         (n, in_dim), hidden = data["observations"].shape[1:], args.hidden_dim
         self.mean, self.std = (nn.Buffer(x[:, None]) for x in statistics(data["observations"]))  # [N, 1, O]
-        self.state_mean, self.state_std = map(nn.Buffer, statistics(joint_state(data)))
+        self.state_mean, self.state_std = map(nn.Buffer, statistics(joint_states(data)[0]))
         dims = (n, in_dim, hidden, hidden, self.action_dim)
         self.actor, self.actor_target = stacked_mlp(*dims), stacked_mlp(*dims).requires_grad_(False)
         dims = (n, len(self.state_mean), self.action_dim, hidden)
         self.critic, self.critic_target = Critic(*dims), Critic(*dims).requires_grad_(False)
         self.actor_target.load_state_dict(self.actor.state_dict())
         self.critic_target.load_state_dict(self.critic.state_dict())
+        networks = {"critic": self.critic, "actor": self.actor}
+        self.optimizers = {
+            name: Adam(x.parameters(), lr=args.learning_rate, fused=True) for name, x in networks.items()
+        }
 
     def outputs(self, actor: nn.Module, observations: Tensor, masks: Tensor | None) -> Tensor:
         """What an actor says of observations [B, N, O]: logits [B, N, A], forbidden ones -1e9, or before tanh."""
@@ -114,7 +112,7 @@ class Networks(nn.Module):
 
 def shapley(critic: nn.Module, state: Tensor, actions: Tensor, alive: Tensor, earlier: Tensor) -> Tensor:
     """Q_i [B, N] of actions as vectors [B, N, A]; 0 for the dead. Orders of `before`. Q_i has no gradient in a_j."""
-    own = torch.eye(alive.shape[1], dtype=torch.bool)  # [N, N]
+    own = torch.eye(alive.shape[1], dtype=torch.bool, device=alive.device)  # [N, N]
     views = torch.where(own[..., None], actions[:, None], actions[:, None].detach())  # [B, N, N, A]
     members = (earlier | own) & alive[:, None, None]
     return critic(state, views, members).mean(1) * alive
@@ -125,14 +123,13 @@ def critic_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch
     actions, alive = batch["actions"], batch["alive"]
     if nets.discrete:
         actions = F.one_hot(actions, nets.action_dim).float()
-    state = (joint_state(batch) - nets.state_mean) / nets.state_std
-    q = shapley(nets.critic, state, actions, alive, before(alive.shape, args.orders)).sum(1)  # [B]
+    state, next_state = ((x - nets.state_mean) / nets.state_std for x in joint_states(batch))
+    q = shapley(nets.critic, state, actions, alive, before(alive, args.orders)).sum(1)  # [B]
     with torch.no_grad():
         out = nets.outputs(nets.actor_target, batch["next_observations"], batch.get("next_action_masks"))
         following = F.one_hot(out.argmax(2), nets.action_dim).float() if nets.discrete else out.tanh()
-        next_state = batch["next_states"] if "next_states" in batch else batch["next_observations"].flatten(1)
-        next_state, next_alive = (next_state - nets.state_mean) / nets.state_std, batch["next_alive"]
-        next_q = shapley(nets.critic_target, next_state, following, next_alive, before(alive.shape, args.orders))
+        next_alive = batch["next_alive"]
+        next_q = shapley(nets.critic_target, next_state, following, next_alive, before(next_alive, args.orders))
         # The team's future ends with the episode, not with an agent.
         y = batch["rewards"] + args.gamma * ~batch["terminals"] * next_q.sum(1)
     known = batch["has_next_state"].float()
@@ -152,14 +149,14 @@ def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]
     else:
         pi = out.tanh()
         distance = (pi.detach() - actions)[alive].square().mean()
-    state = (joint_state(batch) - nets.state_mean) / nets.state_std
-    q = shapley(nets.critic, state, pi, alive, before(alive.shape, args.orders))
+    state = (joint_states(batch)[0] - nets.state_mean) / nets.state_std
+    q = shapley(nets.critic, state, pi, alive, before(alive, args.orders))
     loss = -(q + args.entropy_weight * entropy * alive).sum(1).mean()
     logs = {"q_policy": q.detach().sum(1).mean(), "q_max": q.detach().sum(1).max(), "data_distance": distance}
     return loss, logs
 
 
-def update(batch: Batch, nets: Networks, optimizers: dict[str, Adam], args: Args) -> Batch:
+def update(batch: Batch, nets: Networks, args: Args) -> Batch:
     """One step of the critic, then one of the actor, on a minibatch."""
     logs = {}
     for name, loss_of in (("critic", critic_loss), ("actor", actor_loss)):
@@ -168,7 +165,7 @@ def update(batch: Batch, nets: Networks, optimizers: dict[str, Adam], args: Args
         nets.zero_grad()  # the actor's loss reaches the critic too, which must not follow it
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
-        optimizers[name].step()
+        nets.optimizers[name].step()
         with torch.no_grad():
             for old, new in zip(target.parameters(), network.parameters(), strict=True):
                 old.lerp_(new, args.target_rate)
@@ -177,22 +174,5 @@ def update(batch: Batch, nets: Networks, optimizers: dict[str, Adam], args: Args
 
 
 # === End of the algorithm ===
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    env, data, metadata, digest = prepare(args)
-    data, _ = hold_out(add_next_states(data))  # the rows that the other scripts train on
-    require(
-        (data["terminals"] | data["has_next_state"]).any(), "no row of the dataset has a next state, which SQDDPG needs"
-    )
-    torch.manual_seed(args.seed)
-    nets = Networks(data, args)
-    optimizers = {
-        name: Adam(getattr(nets, name).parameters(), lr=args.learning_rate, fused=True) for name in ("critic", "actor")
-    }
-    learn = lambda _, batch: update(batch, nets, optimizers, args)  # noqa: E731
-    train(args, env, nets, learn, data, metadata, digest)
-
-
 if __name__ == "__main__":
-    run_command(main)
+    train(tyro.cli(Args, description=__doc__), RANGES, Networks, update, continuous=True)

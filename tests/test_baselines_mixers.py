@@ -25,12 +25,6 @@ SMALL = {"cuda": False, "batch_size": 64}
 Q_ARGS, I_ARGS = qmix_cql.Args(**SMALL), ma_icq.Args(**SMALL)
 
 
-@pytest.fixture(autouse=True)
-def name_in_errors(monkeypatch):
-    """paper/qmix_cql.py puts its name into the errors of macca_icq: for a test only."""
-    monkeypatch.setattr(macca_icq, "__file__", macca_icq.__file__)
-
-
 def make_data(rows=40, agents=3, actions=4, discrete=True, states=True):
     """Random rows [T, ...]; the last action of every agent is illegal, everybody lives, no row ends an episode."""
     data = {

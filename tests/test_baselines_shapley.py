@@ -4,8 +4,6 @@ import copy
 import csv
 import hashlib
 import json
-import os
-import signal
 import sys
 import time
 import types
@@ -14,22 +12,21 @@ import pytest
 import torch
 import toy
 from torch import nn
-from torch.optim import Adam
 
 sys.path.insert(0, str(toy.ROOT / "paper"))
 import runs
 import shaq
 import sqddpg
 
-import macca_cql
+import macca_icq
 
 B, N, A = 6, 3, 5
 
 
 @pytest.fixture(autouse=True)
 def name_in_errors(monkeypatch):
-    """paper/shaq.py puts its name into the errors of macca_cql: for a test only."""
-    monkeypatch.setattr(macca_cql, "__file__", macca_cql.__file__)
+    """A run puts its name into the errors of macca_icq: for a test only."""
+    monkeypatch.setattr(macca_icq, "__file__", macca_icq.__file__)
 
 
 def make_batch(discrete=True, n=N):
@@ -79,14 +76,14 @@ def loss_and_gradient(batch, nets, args):
 
 # ---- orders of the agents ----
 def test_coalitions_have_the_shapley_values_probabilities():
-    earlier = shaq.before(torch.Size([1, 3]), 10)  # all 6 orders
+    earlier = shaq.before(torch.ones(1, 3), 10)  # all 6 orders
     found = {}
     for order in earlier[0, :, 0].tolist():  # who is before agent 0
         found[tuple(order)] = found.get(tuple(order), 0) + 1 / 6
     expected = {(False,) * 3: 1 / 3, (False, True, False): 1 / 6, (False, False, True): 1 / 6}
     assert found == pytest.approx(expected | {(False, True, True): 1 / 3})
 
-    sampled = shaq.before(torch.Size([4000, 4]), 10)  # 10 of 24 orders
+    sampled = shaq.before(torch.ones(4000, 4), 10)  # 10 of 24 orders
     assert sampled.shape == (4000, 10, 4, 4) and not sampled.diagonal(dim1=2, dim2=3).any()
     assert (sampled.sum(3).sort(2).values == torch.arange(4)).all()  # sizes 0 to N - 1, each once
     only = sampled[:, :, 0] == torch.tensor([False, True, False, False])
@@ -124,7 +121,7 @@ def test_weights_of_one_are_vdn_to_the_bit(monkeypatch):
 def test_alpha_hat():
     batch, alive = make_batch(), torch.rand(B, N) < 0.7
     nets, q = shaq.Networks(batch, shaq.Args()), torch.randn(B, N) * 5 * alive
-    earlier, state = shaq.before(q.shape, 4), batch["states"]
+    earlier, state = shaq.before(q, 4), batch["states"]
     found = shaq.alpha_hat(state, q, alive, nets, earlier)
     assert (found >= 1).all() and found.std() > 0.01
 
@@ -203,6 +200,15 @@ def test_penalty():
     assert of([[1.0, 2.0, *low], [0.0, 1.0, *low], [0.0, -1e3, *low]], [1, 0, 0]) == pytest.approx(1.626523, rel=1e-3)
 
 
+def test_the_target_is_renewed_every_third_update():
+    batch, args = make_batch(), shaq.Args(target_interval=3)
+    nets, renewed = shaq.Networks(batch, args), []
+    for _ in range(6):
+        shaq.update(batch, nets, args)
+        renewed.append(all(map(torch.equal, nets.q.parameters(), nets.q_target.parameters())))
+    assert renewed == [False, False, True] * 2
+
+
 # ---- SQDDPG ----
 def game(v):
     """A critic that knows the coalitions' values: v(C and i) - v(C)."""
@@ -224,23 +230,23 @@ def game(v):
 )
 def test_averages_are_the_shapley_values_of_known_games(v, expected):
     alive, actions = torch.ones(B, 3, dtype=torch.bool), torch.zeros(B, 3, 2)
-    q = sqddpg.shapley(game(v), torch.zeros(B, 1), actions, alive, shaq.before(alive.shape, 10))
+    q = sqddpg.shapley(game(v), torch.zeros(B, 1), actions, alive, shaq.before(alive, 10))
     assert torch.allclose(q, torch.tensor(expected).expand(B, 3), atol=1e-6)
-    one = sqddpg.shapley(game(v), torch.zeros(B, 1), actions, alive, shaq.before(alive.shape, 1))
+    one = sqddpg.shapley(game(v), torch.zeros(B, 1), actions, alive, shaq.before(alive, 1))
     assert torch.allclose(one.sum(1), v(alive))  # v(all), in every single order
 
 
 def test_the_dead_are_no_players():
     alive, actions = torch.tensor([[True, False, True]]).expand(B, 3), torch.zeros(B, 3, 2)
     gloves = game(lambda c: (c[..., 2] & (c[..., 0] | c[..., 1])).float())
-    q = sqddpg.shapley(gloves, torch.zeros(B, 1), actions, alive, shaq.before(alive.shape, 10))
+    q = sqddpg.shapley(gloves, torch.zeros(B, 1), actions, alive, shaq.before(alive, 10))
     assert torch.allclose(q, torch.tensor([0.5, 0.0, 0.5]).expand(B, 3))
 
 
 def test_absent_agents_have_no_effect():
     critic, state, actions = sqddpg.Critic(N, 7, A, 8), torch.randn(B, 7), torch.randn(B, N, A)
     alive = torch.tensor([True, True, False]).expand(B, N)
-    members = (shaq.before(alive.shape, 10) | torch.eye(N, dtype=torch.bool)) & alive[:, None, None]
+    members = (shaq.before(alive, 10) | torch.eye(N, dtype=torch.bool)) & alive[:, None, None]
     first = critic(state, actions[:, None].expand(-1, N, -1, -1), members)
     for j in range(N):
         changed = actions.clone()
@@ -252,7 +258,7 @@ def test_absent_agents_have_no_effect():
 def test_actor_gradient_goes_through_the_own_action_alone():
     critic, alive = sqddpg.Critic(N, 7, A, 8), torch.ones(B, N, dtype=torch.bool)
     state, actions = torch.randn(B, 7), torch.randn(B, N, A, requires_grad=True)
-    q = sqddpg.shapley(critic, state, actions, alive, shaq.before(alive.shape, 10))
+    q = sqddpg.shapley(critic, state, actions, alive, shaq.before(alive, 10))
     (everyone,) = torch.autograd.grad(q.sum(), actions, retain_graph=True)
     for j in range(N):
         (own,) = torch.autograd.grad(q[:, j].sum(), actions, retain_graph=True)
@@ -276,21 +282,10 @@ def test_sqddpg_target(discrete):
     assert torch.allclose(sqddpg.critic_loss(batch, nets, args)[0], expected)
 
 
-def test_next_states_are_the_next_rows():
-    ends = torch.tensor([False, True, False, True])
-    data = {"states": torch.arange(4.0)[:, None], "terminals": ends & (torch.arange(4) == 1)}
-    data = sqddpg.add_next_states(data | {"timeouts": ends & ~data["terminals"]})
-    assert data["next_states"].flatten().tolist() == [1, 2, 3, 0]
-    assert data["has_next_state"].tolist() == [True, True, True, False]
-    del data["states"], data["next_states"]
-    assert sqddpg.add_next_states(data)["has_next_state"].all()  # next_observations are stored for every row
-
-
 @pytest.mark.parametrize("discrete", [True, False])
 def test_the_actors_step_leaves_the_critic_alone(discrete, monkeypatch):
-    batch, args = make_batch(discrete), sqddpg.Args()
+    batch, args = make_batch(discrete), sqddpg.Args(learning_rate=1e-2)
     nets = sqddpg.Networks(batch, args)
-    optimizers = {name: Adam(getattr(nets, name).parameters(), lr=1e-2) for name in ("critic", "actor")}
     seen, genuine = [], sqddpg.actor_loss
 
     def watched(*inputs):
@@ -301,15 +296,14 @@ def test_the_actors_step_leaves_the_critic_alone(discrete, monkeypatch):
     old = [x.clone() for x in (*nets.actor.parameters(), *nets.critic.parameters())]
     again = copy.deepcopy(nets)
     torch.manual_seed(0)
-    sqddpg.update(batch, nets, optimizers, args)
+    sqddpg.update(batch, nets, args)
     assert all(map(torch.equal, seen, nets.critic.parameters()))
     assert not any(map(torch.equal, old, (*nets.actor.parameters(), *nets.critic.parameters())))
 
     for x in (*again.actor.parameters(), *again.critic.parameters()):
         x.grad = torch.ones_like(x)  # as an earlier actor's loss leaves it in the critic
-    optimizers = {name: Adam(getattr(again, name).parameters(), lr=1e-2) for name in ("critic", "actor")}
     torch.manual_seed(0)
-    sqddpg.update(batch, again, optimizers, args)
+    sqddpg.update(batch, again, args)
     assert all(map(torch.equal, nets.parameters(), again.parameters()))
 
 
@@ -333,15 +327,13 @@ def test_the_best_joint_action_of_a_matrix_game(system):
     if system == "sqddpg":
         args = sqddpg.Args(learning_rate=3e-3)
         nets = sqddpg.Networks(data, args)
-        optimizers = {name: Adam(getattr(nets, name).parameters(), lr=3e-3) for name in ("critic", "actor")}
         for _ in range(400):
-            sqddpg.update(shaq.sample(data, 256), nets, optimizers, args)
+            sqddpg.update(macca_icq.sample(data, 256), nets, args)
     else:
-        args = shaq.Args(alpha=0.2 * (system == "shaq-cql"))
+        args = shaq.Args(alpha=0.2 * (system == "shaq-cql"), learning_rate=3e-3)
         nets = shaq.Networks(data, args)
-        optimizer = Adam([x for x in nets.parameters() if x.requires_grad], lr=3e-3)
-        for iteration in range(400):
-            shaq.update(iteration, shaq.sample(data, 256), nets, optimizer, args)
+        for _ in range(400):
+            shaq.update(macca_icq.sample(data, 256), nets, args)
     played = nets.act(torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 2, 1), data["action_masks"][:2])
     assert played.tolist() == [[0, 0], [2, 1]]
 
@@ -369,29 +361,10 @@ def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch):
     path = toy.write(tmp_path / "data.npz")
     flags = ["--env", "toy:matching", "--dataset", path]
     for script, more, said in (
-        ("shaq", [], "SHAQ needs discrete ones"),
+        ("shaq", [], "this algorithm needs discrete ones"),
         ("sqddpg", ["--gamma", "2"], "--gamma is 2.0, expected 0 to 1"),
         ("sqddpg", ["--dataset", tmp_path / "none.npz"], "does not exist"),
     ):
         status, _, stderr = toy.run(f"paper/{script}", tmp_path, *flags, *more, monkeypatch=monkeypatch)
         assert status == 2 and stderr.startswith(f"{script}.py: ") and said in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_ctrl_c_leaves_whole_files(tmp_path, monkeypatch):
-    genuine, count = macca_cql.sample, []
-
-    def sample(*inputs):
-        count.append(1)
-        if len(count) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return genuine(*inputs)
-
-    monkeypatch.setattr(macca_cql, "sample", sample)
-    path = toy.write(tmp_path / "data.npz", True)
-    flags = ["--env", "toy:matching_discrete", "--dataset", path, "--eval-interval", "2", "--eval-episodes", "2"]
-    status, _, stderr = toy.run("paper/shaq", tmp_path, *flags, monkeypatch=monkeypatch)
-    assert status == 2 and "interrupted" in stderr and "Traceback" not in stderr
-    run = toy.run_folder(tmp_path)
-    assert sorted(x.name for x in run.iterdir()) == ["config.json", "metrics.csv"]
-    assert len((run / "metrics.csv").read_text().splitlines()) == 2

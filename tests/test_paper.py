@@ -25,6 +25,7 @@ from PIL import Image
 from causal_model import CausalModel
 
 sys.path.insert(0, str(toy.ROOT / "paper"))
+import credit
 import pictures
 import rolled
 import rows
@@ -520,3 +521,10 @@ def test_speed(script, tmp_path, monkeypatch):
     assert status == 0, stderr
     for line in ("causal model: update ", "policy: update ", " µs per transition", "175 transitions, peak memory"):
         assert line in stdout
+
+
+def test_the_better_setting_is_the_complete_one_with_the_higher_mean():
+    even = {"21": {"score": "50"}, "22": {"score": "60"}}
+    runs = {"R / N": even, "other": {"21": {"score": "57"}, "22": {"score": "55"}}, "half": {"21": {"score": "99"}}}
+    assert credit.better(runs, "R / N", "other", "half", "not run") is runs["other"]
+    assert credit.better(runs, "R / N") is even and credit.better(runs, "not run") == {}

@@ -380,7 +380,9 @@ def test_held_out_episodes(script):
     lengths = np.random.default_rng(0).integers(1, 40, 300).tolist()
     data = make_episodes(lengths)
     torch.manual_seed(1)
-    kept, held = script.hold_out(dict(data))
+    given = dict(data)
+    kept, held = script.hold_out(given)
+    assert not given  # nothing holds the arrays that were split
     drawn = torch.rand(1)
     for name, value in data.items():  # every row is in one of both, whole and in the order that it had
         pairs = zip((kept, held), (kept["rewards"].long(), held["rewards"].long()), strict=True)
