@@ -203,6 +203,11 @@ def test_targets_are_copied_by_interval():
         qmix_cql.update(data, nets, args)
         same = torch.equal(nets.agents[0].weight, nets.agents_target[0].weight)
         assert same == torch.equal(nets.mixer.bias1.weight, nets.mixer_target.bias1.weight) == expected
+    nets, args = ma_icq.Networks(data, I_ARGS), ma_icq.Args(cuda=False, target_interval=2)
+    for expected in (False, True, False, True):
+        ma_icq.update(data, nets, args)
+        same = torch.equal(nets.critic.layer2.weight, nets.critic_target.layer2.weight)
+        assert same == torch.equal(nets.mixer.weight1.weight, nets.mixer_target.weight1.weight) == expected
 
 
 # ---- MA-ICQ ----
