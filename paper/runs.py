@@ -45,6 +45,8 @@ class Args:
     """runs side by side; with --address as many as the cluster has room for"""
     only: str = ""
     """run this row alone"""
+    seeds: int = 1_000
+    """run the first so many of the table's seeds"""
     show: bool = False
     """run nothing, print the results"""
     commands: bool = False
@@ -155,15 +157,21 @@ class Training:
 
 
 def run_missing(
-    table: str, jobs: int, only: str = "", engine: str = "local", address: str = "", gpus: float = 0.0
+    table: str,
+    jobs: int,
+    only: str = "",
+    engine: str = "local",
+    address: str = "",
+    gpus: float = 0.0,
+    first: int = 1_000,
 ) -> None:
-    """Run what a table's file lacks. SIGTERM and Ctrl-C end the trainings too."""
+    """Run what a table's file lacks, of the table's `first` seeds. SIGTERM and Ctrl-C end the trainings too."""
     seeds, commands = TABLES[table]
     path = rows.RESULTS / f"{table}.csv"
     if only not in ("", *commands):
         rows.fail(f"{table} has no row {only}; choose one of: {'; '.join(commands)}")
     there = {row["command"] for row in rows.read(path)}
-    todo = [(label, seed, f"{commands[label]} --seed {seed}") for seed in seeds for label in commands]
+    todo = [(label, seed, f"{commands[label]} --seed {seed}") for seed in seeds[:first] for label in commands]
     todo = [run for run in todo if only in ("", run[0]) and f"python {run[2]}" not in there]
     for _, _, command in todo:  # better now than after hours
         if not dataset(command).is_file():
@@ -250,5 +258,5 @@ if __name__ == "__main__":
     if args.engine == "local" and (args.address or args.gpus):
         rows.fail("--address and --gpus are for --engine ray")
     if not args.show:
-        run_missing(args.table, args.jobs, args.only, args.engine, args.address, args.gpus)
+        run_missing(args.table, args.jobs, args.only, args.engine, args.address, args.gpus, args.seeds)
     show(args.table)

@@ -7,6 +7,8 @@ TABLES: dict[str, tuple[list[int], dict[str, str]]] = {}
 
 # Behaviour cloning, the floor under every table: with a huge beta ICQ weights all actions alike and imitates them.
 CLONING = "macca_icq.py --credit uniform --beta 1e6"
+# The mixer's ICQ learns from R alone.
+MA_ICQ = "paper/ma_icq.py --batch-size 256"
 
 # The paper's Tables 9 and 10, the latter by the dataset's quality. An anchor of 1: all edges cost alike.
 PAPER = "--batch-size 1024 --learning-rate 3e-4 --causal-learning-rate 5e-2 --share slots --anchor 1 --h 0.1"
@@ -55,39 +57,29 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
                     "oracle": f"{train} {setting} --credit oracle",
                     **({"paid": f"{train} {setting} --credit truth"} if name == "cn" else {}),
                     "R": f"{train} {setting} --credit team --no-standardize-rewards",
+                    **({"MA-ICQ": f"{MA_ICQ} {where} --beta 0.03"} if backbone == "icq" else {}),
                     **({"behaviour cloning": f"{CLONING} {where}"} if backbone == "icq" else {}),
                 },
             )
 
-# The other two qualities of Cooperative Navigation. Expert data want a stronger pull to the data, the defaults.
-for quality in ("expert", "random"):
-    omar, cql, icq = ("", "", "") if quality == "expert" else (f" {CREDIT[name]}" for name in CREDIT)
-    TABLES[f"credit-cn-{quality}"] = (
-        [21, 22, 23, 24, 25],
-        {
-            "R / N, OMAR": f"macca_omar.py --dataset {quality} --credit uniform{omar}",
-            "MACCA-OMAR": f"macca_omar.py --dataset {quality}{omar}",
-            "MACCA-CQL": f"macca_cql.py --dataset {quality}{cql}",
-            "MACCA-ICQ": f"macca_icq.py --dataset {quality}{icq}",
-            "behaviour cloning": f"{CLONING} --dataset {quality}",
-        },
-    )
-
-# The paper's Table 1 (paper/table1.py), and the tasks in which a predator is rewarded for what it does itself (its
-# --local). OMAR with `team` gets the rewards as they are, as the paper's does; the others are standardised.
-LENGTH = 1_500
-for task in ("simple_spread", "simple_tag", "simple_world", "simple_tag_local", "simple_world_local"):
-    for quality in ("expert",) if task.endswith("local") else ("expert", "medium", "medium-replay", "random"):
-        where = f"--env mpe/{task} --dataset {quality} --total-iterations {LENGTH} --eval-interval 500"
-        train = f"macca_omar.py {where} --credit"
-        TABLES[f"table1-{task}-{quality}"] = (
-            [1, 2, 3],
+# The other two qualities, all systems in one table. Expert data want a stronger pull to the data, the defaults.
+for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world", "world")):
+    for quality in ("expert", "random"):
+        where = f"--dataset {quality}" if name == "cn" else f"--env mpe/{task} --dataset {quality}"
+        omar, cql, icq = ("", "", "") if quality == "expert" else (f" {CREDIT[name]}" for name in CREDIT)
+        TABLES[f"credit-{name}-{quality}"] = (
+            [21, 22, 23, 24, 25] if name == "cn" else [21, 22, 23],
             {
-                "BC": f"{CLONING} {where}",
-                "OMAR, team": f"{train} team --no-standardize-rewards",
-                "OMAR, uniform": f"{train} uniform",
-                "MACCA-OMAR": f"{train} macca",
-                **({"OMAR, truth": f"{train} truth"} if task.endswith("local") else {}),
+                "R / N, OMAR": f"macca_omar.py {where} --credit uniform{omar}",
+                "R / N, CQL": f"macca_cql.py {where} --credit uniform{cql}",
+                "R / N, ICQ": f"macca_icq.py {where} --credit uniform{icq}",
+                "MACCA-OMAR": f"macca_omar.py {where}{omar}",
+                "MACCA-CQL": f"macca_cql.py {where}{cql}",
+                "MACCA-ICQ": f"macca_icq.py {where}{icq}",
+                "R, OMAR": f"macca_omar.py {where} --credit team --no-standardize-rewards{omar}",
+                "R, CQL": f"macca_cql.py {where} --credit team --no-standardize-rewards{cql}",
+                "MA-ICQ": f"{MA_ICQ} {where} --beta {1 if quality == 'expert' else 0.03}",
+                "behaviour cloning": f"{CLONING} {where}",
             },
         )
 
