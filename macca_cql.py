@@ -296,10 +296,10 @@ class Critic(nn.Module):
             # The first layer is linear: observations enter once for all K actions.
             actions = actions.flatten(1, 2).repeat(twins, 1, 1)  # [twins N, B K, A]
             part = torch.bmm(actions, self.action_weight[: len(x)])
-            x = (x[:, :, None] + part.view(*x.shape[:2], -1, x.shape[2])).flatten(1, 2)
+            x = x[:, :, None] + part.view(*x.shape[:2], -1, x.shape[2])
         for layer in (self.layer2, self.layer3):
             x = F.layer_norm(x, x.shape[-1:]) if self.norm else x
-            x = layer(F.relu(x, inplace=True))
+            x = layer(x.relu_().flatten(1, -2))
         return x.view(twins, agents, batch, -1)
 
 

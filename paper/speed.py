@@ -4,17 +4,21 @@
     python paper/speed.py --transitions 1000000        # a made-up dataset of Cooperative Navigation's sizes
     python paper/speed.py --env smax/2s3z              # at StarCraft's sizes, on the expert dataset (needs jaxmarl)
     python paper/speed.py --physics                    # data/mpe.py's many worlds at once against mpe2's environments
+    python paper/speed.py --omar DIR --threads 1       # our update of OMAR's sizes and theirs, from a clone of
+                                                       # https://github.com/ling-pan/OMAR
 
 Times start after a burn-in; figures compared with each other are measured in turn, in the same process.
 """
 
 import importlib
+import itertools
 import json
 import resource
 import statistics
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,7 @@ import gymnasium
 import numpy as np
 import torch
 import tyro
-from rows import ROOT, dataset_path
+from rows import ROOT, dataset_path, fail
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -49,6 +53,8 @@ class Args:
     """measure on the GPU"""
     rounds: int = 20
     """timed rounds of 10 iterations each, after 3 that are not counted"""
+    omar: str = ""
+    """a clone of OMAR's code, whose update is timed beside ours, with the same minibatches and sizes, on the CPU"""
     physics: bool = False
     """measure joint steps of the particle tasks instead, observations and rewards included"""
 
@@ -79,6 +85,43 @@ def made_up(path: Path, steps: int, env) -> None:
     else:
         arrays["actions"] = noise.uniform(-1, 1, (steps, agents, *space.shape)).astype(np.float32)
     np.savez(path, **arrays)
+
+
+def omar_update(clone: Path, batches: list[dict[str, torch.Tensor]], settings: Any) -> Callable[[], None]:
+    """An iteration of OMAR's published code: the update of every agent, then of all targets."""
+    # Of what it imports beside torch, the update uses nothing. Calls that move tensors to a GPU do nothing here.
+    for name in ("gym", "gym.spaces", "multiagent"):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    for owner, name, value in (
+        (sys.modules["gym"], "spaces", sys.modules["gym.spaces"]),
+        (torch.Tensor, "cuda", lambda self, *_, **__: self),
+        (torch.cuda, "FloatTensor", torch.FloatTensor),
+        (torch.nn.utils, "clip_grad_norm", torch.nn.utils.clip_grad_norm_),
+    ):
+        setattr(owner, name, value)
+    sys.path.insert(0, str(clone))
+    (size, n, in_dim), dim = batches[0]["observations"].shape, batches[0]["actions"].shape[2]
+    sizes = {"num_in_pol": in_dim, "num_out_pol": dim, "num_in_critic": in_dim + dim}
+    omar = {"omar": True, "omar_coe": settings.tau, "omar_mu": 0.0, "omar_sigma": 2.0, "omar_iters": 3}
+    omar |= {"omar_num_samples": 10, "omar_num_elites": 10, "num_sampled_actions": 10, "cql_alpha": settings.alpha}
+    try:
+        theirs = importlib.import_module("algorithms.maddpg").MATD3(
+            [sizes] * n, ["td3"] * n, agent_max_actions=[1.0] * n, cql=True, batch_size=size, env_id="", lr=0.01, **omar
+        )
+    except ImportError as error:
+        fail(f"{clone} is no clone of https://github.com/ling-pan/OMAR: {error}")
+    torch.distributions.Distribution.set_default_validate_args(False)  # which were no part of the torch of its time
+    names = ("observations", "actions", "credit", "next_observations")
+    samples = [[[x[name][:, i].contiguous() for i in range(n)] for name in names] for x in batches]
+    turn = itertools.cycle([[*sample, [torch.zeros(size)] * n] for sample in samples])
+
+    def update() -> None:
+        sample = next(turn)
+        for agent in range(n):
+            theirs.update(sample, agent)
+        theirs.update_all_targets()
+
+    return update
 
 
 def milliseconds(functions: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, float]:
@@ -152,6 +195,19 @@ if __name__ == "__main__":
         "causal model": lambda: script.update_causal_model(batch, causal_model, optimizers),
         "credit": lambda: causal_model.assign(*inputs),  # what assign_credit does a thousand rows at a time
     }
+    if args.omar:
+        batches = [script.sample(data, args.batch_size) for _ in range(40)]
+        for x in batches:
+            x["credit"] = torch.randn(x["alive"].shape)
+        turn = itertools.cycle(batches)
+        functions = {
+            "theirs": omar_update(Path(args.omar), batches, settings),
+            "ours": lambda: script.update(next(turn), nets, optimizers, settings),
+        }
+        ms = milliseconds(functions, args.rounds, cuda=False)
+        print(f"batch {args.batch_size}: OMAR's {ms['theirs']:.1f} ms, ours {ms['ours']:.1f} ms", end="")
+        print(f", ratio {ms['theirs'] / ms['ours']:.2f}")
+        raise SystemExit
     ms = milliseconds(functions, args.rounds, args.cuda)
     name = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} thread(s)"
     print(f"{args.env}, {args.script}, batch {args.batch_size}, {name}, torch {torch.__version__}")

@@ -523,6 +523,30 @@ def test_speed(script, tmp_path, monkeypatch):
         assert line in stdout
 
 
+def test_speed_beside_omars_code(tmp_path):
+    """In a process of its own, as it puts stand-ins in the place of what their code imports."""
+    command = [sys.executable, str(toy.ROOT / "paper/speed.py"), "--omar", str(tmp_path), "--transitions", "200"]
+    command += ["--rounds", "1", "--batch-size", "16", "--threads", "1", "--no-cuda"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "is no clone of https://github.com/ling-pan/OMAR" in done.stderr
+    (tmp_path / "algorithms").mkdir()
+    (tmp_path / "algorithms/maddpg.py").write_text("""
+class MATD3:
+    def __init__(self, sizes, names, **settings):
+        assert sizes == [{"num_in_pol": 18, "num_out_pol": 2, "num_in_critic": 20}] * 3
+        self.turn = 0
+    def update(self, sample, agent):
+        shapes = [tuple(x[agent].shape) for x in sample]
+        assert shapes == [(16, 18), (16, 2), (16,), (16, 18), (16,)] and agent == self.turn
+        self.turn += 1
+    def update_all_targets(self):
+        assert self.turn == 3
+        self.turn = 0
+""")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "batch 16: OMAR's 0.0 ms, ours " in done.stdout, done.stderr
+
+
 def test_the_better_setting_is_the_complete_one_with_the_higher_mean():
     even = {"21": {"score": "50"}, "22": {"score": "60"}}
     runs = {"R / N": even, "other": {"21": {"score": "57"}, "22": {"score": "55"}}, "half": {"21": {"score": "99"}}}
