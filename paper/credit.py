@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rows import (
     RESULTS,
-    Runs,
+    better,
     by_label,
     fail,
     hierarchical_interval,
@@ -29,24 +29,19 @@ from rows import (
 from runs import Printing, run_missing
 from tables import CREDIT, TABLES
 
-NAMES = [name for name in TABLES if name.startswith("credit-") and name.count("-") > 2]
+NAMES = [name for name in TABLES if name.startswith("credit-") and "medium" in name]
 COLOURS = ["#e6ab02", "#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#a6761d", "#e7298a", "0.6", "0.3", "#17becf"]
+COLOURS += ["#a6cee3", "#000000"]
 PAPER = {  # the MACCA columns of the paper's Table 1
     "cn-medium-replay": {"cql": 15.9, "omar": 33.2, "icq": 28.6},
     "cn-medium": {"cql": 45.0, "omar": 67.9, "icq": 70.3},
 }
 
 
-def better(runs: dict[str, Runs], *labels: str) -> Runs:
-    """Of the settings that something was run with, each a label, the complete one with the higher mean score."""
-    complete = [runs[label] for label in labels if label in runs and len(runs[label]) >= len(runs.get("R / N", {}))]
-    return max(complete, key=lambda seeds: statistics.mean(numbers(seeds, "score")), default={})
-
-
 if __name__ == "__main__":
     args = tyro.cli(Printing, description=__doc__)
-    for table in NAMES if not args.show else ():
-        run_missing(table, args.jobs)
+    if not args.show:
+        run_missing(NAMES, args.jobs)
     there = {table: runs for table in NAMES if (runs := by_label(table))}
     if not there:
         fail("there are no results in paper/results/credit-*.csv yet; run it without --show")

@@ -137,12 +137,7 @@ class Cluster:
         self.paths, self.commit = datasets, commit
         source = sorted(path for pattern in SOURCE for path in rows.ROOT.glob(pattern))
         self.source = {str(path.relative_to(rows.ROOT)): self.send(path) for path in source}
-        self.sent = {}  # path -> name on the nodes, SHA-256 and reference
-        for path in set(datasets.values()):
-            sent = self.send(path)
-            inside = path.is_relative_to(rows.ROOT / "data" / "datasets")
-            name = str(path.relative_to(rows.ROOT)) if inside else f"data/datasets/{sent[0]}.npz"
-            self.sent[path] = name, sent
+        self.sent: dict[Path, tuple] = {}  # path -> name on the nodes, and what `send` says
         self.train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(train)
 
     def send(self, path: Path) -> tuple[str, Any]:
@@ -152,6 +147,10 @@ class Cluster:
 
     def start(self, label: str, seed: int, command: str) -> Run:
         path = self.paths[command]
+        if path not in self.sent:
+            inside = path.is_relative_to(rows.ROOT / "data" / "datasets")
+            sent = self.send(path)
+            self.sent[path] = str(path.relative_to(rows.ROOT)) if inside else f"data/datasets/{sent[0]}.npz", sent
         name, sent = self.sent[path]
         files = {**self.source, name: sent}
         task = self.train.remote(files, (str(path), name), str(rows.ROOT), label, seed, command)

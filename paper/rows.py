@@ -74,6 +74,12 @@ def paired(one: Runs, other: Runs, column: str) -> list[float]:
     return [float(one[seed][column]) - float(other[seed][column]) for seed in seeds]
 
 
+def better(runs: dict[str, Runs], *labels: str) -> Runs:
+    """Of the settings that something was run with, each a label, the complete one with the higher mean score."""
+    complete = [runs[label] for label in labels if label in runs and len(runs[label]) >= len(runs.get("R / N", {}))]
+    return max(complete, key=lambda seeds: statistics.mean(numbers(seeds, "score")), default={})
+
+
 def t_interval(values: Sequence[float]) -> float:
     """Half the width of Student's 95 % interval of a mean."""
     t = float(stdtrit(len(values) - 1, 0.975))

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,6 +75,11 @@ def dataset(command: str) -> Path:
     words = command.split()
     env = words[words.index("--env") + 1] if "--env" in words else "mpe/simple_spread"
     return rows.dataset_path(env, words[words.index("--dataset") + 1] if "--dataset" in words else "expert")
+
+
+def path(table: str) -> Path:
+    """The file of a table's rows."""
+    return rows.RESULTS / f"{table}.csv"
 
 
 def commit() -> str:
@@ -157,7 +163,7 @@ class Training:
 
 
 def run_missing(
-    table: str,
+    names: Sequence[str],
     jobs: int,
     only: str = "",
     engine: str = "local",
@@ -165,15 +171,16 @@ def run_missing(
     gpus: float = 0.0,
     first: int = 1_000,
 ) -> None:
-    """Run what a table's file lacks, of the table's `first` seeds. SIGTERM and Ctrl-C end the trainings too."""
-    seeds, commands = TABLES[table]
-    path = rows.RESULTS / f"{table}.csv"
-    if only not in ("", *commands):
-        rows.fail(f"{table} has no row {only}; choose one of: {'; '.join(commands)}")
-    there = {row["command"] for row in rows.read(path)}
-    todo = [(label, seed, f"{commands[label]} --seed {seed}") for seed in seeds[:first] for label in commands]
-    todo = [run for run in todo if only in ("", run[0]) and f"python {run[2]}" not in there]
-    for _, _, command in todo:  # better now than after hours
+    """Run what the tables' files lack, of each table's `first` seeds. SIGTERM and Ctrl-C end the trainings too."""
+    todo = []
+    for table in names:
+        seeds, commands = TABLES[table]
+        if only not in ("", *commands):
+            rows.fail(f"{table} has no row {only}; choose one of: {'; '.join(commands)}")
+        there = {row["command"] for row in rows.read(path(table))}
+        runs = [(table, label, f"{commands[label]} --seed {n}", n) for n in seeds[:first] for label in commands]
+        todo += [run for run in runs if only in ("", run[1]) and f"python {run[2]}" not in there]
+    for _, _, command, _ in todo:  # better now than after hours
         if not dataset(command).is_file():
             rows.fail(f"{dataset(command)} is missing; data/README.md says which command makes it")
 
@@ -183,38 +190,41 @@ def run_missing(
     if engine == "ray" and todo:
         from ray_engine import Cluster  # here, as nothing else needs Ray
 
-        cluster = Cluster({command: dataset(command) for _, _, command in todo}, commit(), address, jobs, gpus)
+        cluster = Cluster({command: dataset(command) for _, _, command, _ in todo}, commit(), address, jobs, gpus)
         start, jobs = cluster.start, len(todo)  # Ray runs what it has room for, the others wait
-    progress = tqdm(total=len(todo), desc=table, unit="run", smoothing=0)
+    progress = tqdm(total=len(todo), unit="run", smoothing=0)
     try:
         while (todo or running) and not signals:
             while todo and len(running) < max(jobs, 1):
-                running.append(start(*todo.pop(0)))
+                table, label, command, seed = todo.pop(0)
+                running.append((table, start(label, seed, command)))
+                progress.set_description(table)
             time.sleep(0.2)
-            for training in [training for training in running if training.done()]:
-                running.remove(training)
+            for table, training in [(table, training) for table, training in running if training.done()]:
+                running.remove((table, training))
                 result = training.result()
                 if isinstance(result, str):
                     failures.append(result)
                 else:
-                    rows.add(path, result)
+                    rows.add(path(table), result)
                 training.close()
                 progress.update()
     finally:
         progress.close()
-        for training in running:
+        for _, training in running:
             training.terminate()
-        for training in running:
+        for _, training in running:
             training.close()
         if cluster:
             cluster.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    where = path(names[0]) if len(names) == 1 else rows.RESULTS
     if signals:
-        print(f"{Path(sys.argv[0]).name}: stopped; the rows so far are in {path}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped; the rows so far are in {where}", file=sys.stderr)
         raise SystemExit(128 + signals[0])
     if failures:
-        rows.fail(f"{len(failures)} runs failed, the others are in {path}; the first: {failures[0]}")
+        rows.fail(f"{len(failures)} runs failed, the others are in {where}; the first: {failures[0]}")
 
 
 def show(table: str) -> None:
@@ -258,5 +268,5 @@ if __name__ == "__main__":
     if args.engine == "local" and (args.address or args.gpus):
         rows.fail("--address and --gpus are for --engine ray")
     if not args.show:
-        run_missing(args.table, args.jobs, args.only, args.engine, args.address, args.gpus, args.seeds)
+        run_missing([args.table], args.jobs, args.only, args.engine, args.address, args.gpus, args.seeds)
     show(args.table)

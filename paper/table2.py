@@ -28,8 +28,8 @@ CREDIT = ["paid_mae", "paid_even_mae", "paid_skill", "team_nmse"]
 
 if __name__ == "__main__":
     args = tyro.cli(Printing, description=__doc__)
-    for name in PAPER if not args.show else ():
-        run_missing(f"smax-{name}", args.jobs)
+    if not args.show:
+        run_missing([f"smax-{name}" for name in PAPER], args.jobs)
     tables = {name: runs for name in PAPER if (runs := by_label(f"smax-{name}"))}  # dataset -> row label -> runs
     if not tables:
         fail("there are no results in paper/results/smax-*.csv yet; run it without --show")

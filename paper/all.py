@@ -1,0 +1,75 @@
+"""Everything of the paper: record the datasets that are missing, run the tables that are not whole, fill in the pages.
+
+    python paper/all.py               # weeks of two cores; stop it any time, it goes on where it was
+    python paper/all.py --seeds 1     # the first seed of every row
+    python paper/all.py --pages       # run nothing, put the tables of today's CSV files into paper/README.md
+
+A page says before each table by which command it is printed: `<!-- python paper/table1.py --show -->`. What stands
+between that line and `<!-- end -->` is replaced by what the command prints, so no number of a table is typed.
+"""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+from rows import ROOT, fail
+from runs import dataset, run_missing
+from tables import TABLES
+
+PAGE = ROOT / "paper" / "README.md"
+BLOCK = re.compile(r"(<!-- python (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+@dataclass
+class Args:
+    pages: bool = False
+    """run nothing, write the tables into paper/README.md"""
+    seeds: int = 1_000
+    """run the first so many of each table's seeds"""
+    jobs: int = 2
+    """runs side by side, each on one thread"""
+    engine: Literal["local", "ray"] = "local"
+    """processes of this machine, or tasks of Ray"""
+    address: str = ""
+    """with --engine ray: the cluster to join (HOST:PORT or auto), else one is started on this machine"""
+
+
+def recording(path: str) -> str:
+    """The command that records a dataset, data/datasets/ENV/QUALITY.npz."""
+    env, quality = path.removeprefix("data/datasets/").removesuffix(".npz").rsplit("/", 1)
+    if env.startswith("smax/"):
+        return f"data/collect_smax.py --env {env} --quality {quality}"
+    if quality == "noisy":  # of the sparse task: an expert's, with noise so large that it seldom succeeds
+        return f"data/collect_mpe.py --env {env} --quality expert --noise 1 --transitions 100000 --output {path}"
+    size = {"expert": " --transitions 80000", "medium-replay": ""}.get(quality, " --transitions 300000")
+    return f"data/collect_mpe.py --env {env} --quality {quality}{size}"
+
+
+def filled(text: str) -> str:
+    """A page in which every block holds what its command prints."""
+
+    def block(match: re.Match) -> str:
+        done = subprocess.run([sys.executable, *match[2].split()], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            fail(f"python {match[2]} ended with status {done.returncode}: {done.stderr.strip()}")
+        return f"{match[1]}\n{done.stdout.strip()}\n\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if not args.pages:
+        datasets = {str(dataset(command).relative_to(ROOT)) for _, rows in TABLES.values() for command in rows.values()}
+        for path in sorted(datasets):
+            if (
+                not (ROOT / path).is_file()
+                and subprocess.run([sys.executable, *recording(path).split()], cwd=ROOT).returncode
+            ):
+                fail(f"{path} could not be recorded; SMAX needs what the README says under Commands")
+        run_missing([*TABLES], args.jobs, engine=args.engine, address=args.address, first=args.seeds)
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE)
