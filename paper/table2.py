@@ -1,10 +1,10 @@
-"""The paper's Table 2 on another simulator: battles on SMAX, with the paper's numbers for StarCraft's SMAC beside them.
+"""The paper's Tables 2 and 3 on another simulator: battles on SMAX, with the paper's numbers for StarCraft beside them.
 
     python paper/table2.py            # run what paper/results/smax-*.csv lack, then print
     python paper/table2.py --show     # print what these files hold
 
-Win rate and the team's return (20 for a battle that is won) of the last policy over 100 battles, mean and standard
-deviation over seeds; then how far the credit is from the damage that each agent did. Needs jaxmarl (data/smax.py).
+SMAX is not SMAC: its units, maps and opponent resemble StarCraft's, its win rates cannot be compared. Win rate of the
+last policy over 100 battles, mean and standard deviation over seeds. Needs jaxmarl (data/smax.py).
 """
 
 import statistics
@@ -12,18 +12,30 @@ import statistics
 import tyro
 from rows import by_label, fail, mean_interval, mean_std, numbers, paired, print_table
 from runs import Printing, run_missing
+from tables import TABLES
 
-# Win rates of the paper's Table 2: MACCA-CQL, MACCA-OMAR, MACCA-ICQ; then its I-CQL, OMAR, MA-ICQ.
-PAPER = {
-    "2s3z-expert": ("0.88", "0.99", "0.95", "0.70", "0.86", "0.80"),
-    "2s3z-medium": ("0.27", "0.55", "0.51", "0.20", "0.17", "0.16"),
-    "5m_vs_6m-expert": ("0.63", "0.73", "0.88", "0.02", "0.44", "0.38"),
-    "5m_vs_6m-medium": ("0.19", "0.20", "0.15", "0.01", "0.14", "0.11"),
-    "6h_vs_8z-expert": ("0.59", "0.75", "0.60", "0.00", "0.18", "0.04"),
-    "6h_vs_8z-medium": ("0.17", "0.20", "0.22", "0.01", "0.12", "0.01"),
+PAPER = {  # win rates of its Table 2: I-CQL, OMAR, MA-ICQ, MACCA-CQL, MACCA-OMAR, MACCA-ICQ
+    "2s3z-expert": ("0.70", "0.86", "0.80", "0.88", "0.99", "0.95"),
+    "2s3z-medium": ("0.20", "0.17", "0.16", "0.27", "0.55", "0.51"),
+    "2s3z-medium-replay": ("0.11", "0.35", "0.31", "0.25", "0.53", "0.59"),
+    "5m_vs_6m-expert": ("0.02", "0.44", "0.38", "0.63", "0.73", "0.88"),
+    "5m_vs_6m-medium": ("0.01", "0.14", "0.11", "0.19", "0.20", "0.15"),
+    "5m_vs_6m-medium-replay": ("0.12", "0.09", "0.18", "0.15", "0.14", "0.28"),
+    "6h_vs_8z-expert": ("0.00", "0.18", "0.04", "0.59", "0.75", "0.60"),
+    "6h_vs_8z-medium": ("0.01", "0.12", "0.01", "0.17", "0.20", "0.22"),
+    "6h_vs_8z-medium-replay": ("0.03", "0.01", "0.07", "0.14", "0.22", "0.25"),
 }
+COLUMNS = ["CQL, R", "OMAR, R", "MA-ICQ, R", "MACCA-CQL", "MACCA-OMAR", "MACCA-ICQ"]
+PAPER3 = {  # of its Table 3: SHAQ, SQDDPG, SHAQ-CQL, QMIX-CQL
+    "2s3z-expert": ("0.10", "0.05", "0.79", "0.73"),
+    "2s3z-medium": ("0.05", "0.07", "0.24", "0.22"),
+    "5m_vs_6m-expert": ("0.02", "0.00", "0.10", "0.03"),
+    "5m_vs_6m-medium": ("0.00", "0.00", "0.06", "0.01"),
+    "6h_vs_8z-expert": ("0.00", "0.00", "0.02", "0.00"),
+    "6h_vs_8z-medium": ("0.00", "0.00", "0.04", "0.00"),
+}
+COLUMNS3 = ["SHAQ", "SQDDPG", "SHAQ-CQL", "QMIX-CQL"]
 AGENTS = {"2s3z": 5, "5m_vs_6m": 5, "6h_vs_8z": 6}
-LABELS = ["BC", "MACCA-CQL", "MACCA-OMAR", "MACCA-ICQ", "ICQ, team", "ICQ, uniform"]
 CREDIT = ["paid_mae", "paid_even_mae", "paid_skill", "team_nmse"]
 
 if __name__ == "__main__":
@@ -34,26 +46,23 @@ if __name__ == "__main__":
     if not tables:
         fail("there are no results in paper/results/smax-*.csv yet; run it without --show")
 
-    print("Win rate (team return):\n")
+    print("Win rate, team return (20 for a won battle), seeds; the paper's win rate on SMAC:\n")
     body = []
     for name, runs in tables.items():
-        body.append([name])
-        for label in LABELS:
+        paper = dict(zip(COLUMNS, PAPER[name], strict=True)) | dict(zip(COLUMNS3, PAPER3.get(name, ()), strict=False))
+        for label in TABLES[f"smax-{name}"][1]:
             won, mean = numbers(runs.get(label, {}), "won"), numbers(runs.get(label, {}), "return")
-            team = AGENTS[name.rsplit("-", 1)[0]] * statistics.mean(mean) if mean else 0
-            body[-1].append(f"{mean_std(won, 2)} ({team:.1f})" if won else "")
-    print_table(["", *LABELS], body)
+            if won:
+                team = AGENTS[name.split("-")[0]] * statistics.mean(mean)
+                body.append([name, label, mean_std(won, 2), f"{team:.1f}", str(len(won)), paper.get(label, "")])
+    print_table(["", "", "won", "team return", "seeds", "the paper's, on SMAC"], body)
 
-    print("\nThe paper's Table 2, on SMAC:\n")
-    columns = ["", "MACCA-CQL", "MACCA-OMAR", "MACCA-ICQ", "I-CQL", "OMAR", "MA-ICQ"]
-    print_table(columns, [[name, *PAPER[name]] for name in tables])
-
-    print("\nPaired differences of win rates over all datasets and seeds, with Student's 95 % interval:\n")
-    for label in LABELS[:-1]:
-        gaps = [paired(runs.get(label, {}), runs.get(LABELS[-1], {}), "won") for runs in tables.values()]
-        pairs = [gap for seeds in gaps for gap in seeds]
-        if len(pairs) > 1:
-            print(f"- {label} minus {LABELS[-1]}: {mean_interval(pairs, 3)} ({len(pairs)} pairs)")
+    print("\nMACCA minus R / N: difference of returns per agent, paired by seed, with 95 % intervals:\n")
+    body = []
+    for name, runs in tables.items():
+        pairs = [(runs.get(f"MACCA-{x}", {}), runs.get(f"{x}, R / N", {})) for x in ("CQL", "OMAR", "ICQ")]
+        body.append([name, *(mean_interval(paired(*pair, "return"), 2) for pair in pairs)])
+    print_table(["", "CQL", "OMAR", "ICQ"], body)
 
     # Of MACCA-OMAR: in the other scripts the causal model learns in the same way.
     print("\nCredit against each agent's damage, on held-out battles (reward units; 20 is a battle won):\n")
