@@ -118,7 +118,7 @@ ABLATIONS = {
 }
 TABLES |= {name: ([21, 22, 23], commands) for name, commands in ABLATIONS.items()}
 
-# Battles on SMAX (paper/table2.py), with the scripts' defaults: nothing was tuned. SHAQ-CQL's penalty is what was tried.
+# Battles on SMAX (paper/table2.py), with the scripts' defaults: nothing was tuned.
 for map_name in ("2s3z", "5m_vs_6m", "6h_vs_8z"):
     for quality in ("expert", "medium", "medium-replay"):
         where = f"--env smax/{map_name} --dataset {quality}"
