@@ -25,11 +25,12 @@ from PIL import Image
 from causal_model import CausalModel
 
 sys.path.insert(0, str(toy.ROOT / "paper"))
-import credit
+import ablation
+import all as everything
 import pictures
 import rolled
 import rows
-import table1
+import runs
 import table2
 import table13
 import tables
@@ -204,8 +205,9 @@ def test_another_engine_is_refused_where_it_is_not_installed(project):
 
 def parsed(command):
     script, *words = shlex.split(command)
-    script, words = (words[0], words[1:]) if script == "paper/rolled.py" else (script, words)
-    module = importlib.import_module(script.removesuffix(".py"))
+    before = {"paper/rolled.py": 1, "paper/ablation.py": 2}.get(script, 0)
+    script, words = (words[before - 1], words[before:]) if before else (script, words)
+    module = importlib.import_module(script.removeprefix("paper/").removesuffix(".py"))
     args = tyro.cli(module.Args, args=words)
     for name, (low, high) in module.RANGES.items():
         assert low <= getattr(args, name) <= high, name
@@ -261,31 +263,6 @@ def test_t_interval(n, t):
     assert rows.t_interval(values) == pytest.approx(t * statistics.stdev(values) / n**0.5, rel=1e-3)
 
 
-@pytest.mark.parametrize("n", [3, 4, 7, 36])
-def test_interquartile_mean(n):
-    """Each value four times over: then a quarter of the copies is n of them, and can be cut off whole."""
-    scores = np.random.default_rng(n).normal(size=n) ** 3
-    copies = sorted(value for value in scores for _ in range(4))
-    assert table1.interquartile_mean(scores) == pytest.approx(np.mean(copies[n : 3 * n]))
-    outlier = np.where(scores == scores.max(), 1e6, scores)
-    assert n < 4 or table1.interquartile_mean(outlier) == pytest.approx(table1.interquartile_mean(scores))
-
-
-def test_bootstrap_interval():
-    """Draws stay within a dataset: the differences between datasets do not widen the interval, those of seeds do."""
-    rng = np.random.default_rng(0)
-    level = 100 * np.arange(12)
-    alike = [[value] * 3 for value in level]
-    low, high = table1.bootstrap_interval(alike)
-    assert low == high == pytest.approx(np.mean(level[3:9]))
-    spread = [list(value + rng.normal(0, 3, 3)) for value in level]
-    low, high = table1.bootstrap_interval(spread)
-    middle = np.concatenate(spread)
-    assert low < table1.interquartile_mean(middle) < high
-    # The middle half are 18 runs; seeds of 3 draws have a deviation of 3 sqrt(2 / 3) around their mean.
-    assert 0.5 < (high - low) / (2 * 1.96 * 3 * (2 / 3) ** 0.5 / 18**0.5) < 1.5
-
-
 def test_hierarchical_interval():
     """Against the same in slow loops, on datasets of unequal size, and twice the same."""
     draw, drawn = random.Random(0), []
@@ -329,7 +306,7 @@ def made_up_rows(table):
     "script, flags",
     [
         ("table1", ["--show"]),
-        ("table1", ["--show", "--local"]),
+        ("ablations", ["--show"]),
         ("table2", ["--show"]),
         ("table13", []),
         ("credit", ["--show"]),
@@ -523,6 +500,89 @@ def test_speed(script, tmp_path, monkeypatch):
         assert line in stdout
 
 
+@pytest.mark.parametrize("name", ablation.CHANGES)
+@pytest.mark.parametrize("script", toy.SCRIPTS)
+def test_an_ablation_trains(script, name, tmp_path, monkeypatch):
+    """Every script still has the lines that are replaced, and runs with what takes their place."""
+    for method in ("_slots", "assign"):  # put back after the test
+        monkeypatch.setattr(CausalModel, method, getattr(CausalModel, method))
+    flags = ["--env", "toy:matching", "--dataset", toy.write(tmp_path / "data.npz"), *SHORT]
+    status, stdout, stderr = toy.run("paper/ablation", tmp_path, name, f"{script}.py", *flags, monkeypatch=monkeypatch)
+    assert status == 0 and "that was the last policy" in stdout, stderr
+    status, _, stderr = toy.run("paper/ablation", tmp_path, name, "other.py", *flags, monkeypatch=monkeypatch)
+    assert status == 2 and "must be one of" in stderr
+
+
+def random_model(share="slots"):
+    """A causal model with edges of all probabilities."""
+    torch.manual_seed(0)
+    model = CausalModel(3, 6, 2, [0, 0, 1, 1, 2, 2], share, references=2)
+    with torch.no_grad():
+        model.edge_logits.normal_(-2, 2)
+        model.edge_network[2].weight.normal_(0, 0.3)
+    return model
+
+
+def test_slots_of_the_ablations():
+    """Without clipping, slots see parents times probabilities; averaged, all rows have the mean's mask."""
+    model, parents = random_model(), torch.randn(20, 12)
+    probabilities = torch.sigmoid(model._logits(parents)[0])
+    model.mean_probabilities = probabilities.mean(0, keepdim=True)
+    masks = (model.mean_probabilities >= model.h).float().expand(20, -1, -1)
+    assert 0 < masks.mean() < 1 and not torch.equal(masks, (probabilities >= model.h).float())
+    for slots, factors in ((ablation.soft, probabilities), (ablation.averaged, masks)):
+        for row in range(20):
+            for i in range(3):
+                hidden = model.first_layer(parents[row] * factors[row, i]) + model.identity[i]
+                torch.testing.assert_close(slots(model, parents)[row, i], model.reward_network(hidden[None])[0, 0])
+
+
+def test_predicted_rewards_are_in_a_rewards_units():
+    """They sum to the predicted team reward, whatever was recorded."""
+    model, state, action = random_model(), torch.randn(8, 6), torch.rand(8, 3, 2)
+    model.fit_statistics(state, action, 5 + 3 * torch.randn(8))
+    predicted = ablation.predicted(model, state, action, torch.randn(8))
+    torch.testing.assert_close(predicted.sum(1), model.predict(state, action))
+    assert predicted.std(1).min() > 0
+
+
+def test_a_model_of_what_is_paid_predicts_it(tmp_path, monkeypatch):
+    """Two agents whose rewards are their own: told them, the slots know them better than the sum alone says."""
+    monkeypatch.setattr(CausalModel, "assign", CausalModel.assign)
+    flags = ["--env", "toy:matching", "--dataset", toy.write(tmp_path / "data.npz", transitions=2000), *SHORT]
+    flags += ["--causal-iterations", 600, "--batch-size", 128, "--share", "slots", "--anchor", 1]
+    words = ("truth", "macca_cql.py", *flags)
+    status, _, stderr = toy.run("paper/ablation", tmp_path, *words, monkeypatch=monkeypatch)
+    assert status == 0, stderr
+    with open(toy.run_folder(tmp_path) / "metrics.csv") as file:
+        assert float([*csv.DictReader(file)][-1]["paid_skill"]) > 0.8
+
+
+def test_pages_are_filled_from_commands():
+    """What stands between the marks is replaced by what the command prints, the rest stays, and twice is once."""
+    text = "a 1\n<!-- python paper/table13.py -->\nold\n<!-- end -->\nb\n"
+    page = everything.filled(text)
+    assert page.startswith("a 1\n<!-- python paper/table13.py -->\n\n| data | seeds |")
+    assert page.endswith("|\n\n<!-- end -->\nb\n") and "old" not in page and everything.filled(page) == page
+    with pytest.raises(SystemExit):
+        everything.filled("<!-- python paper/nothing.py -->\n<!-- end -->")
+
+
+def test_every_dataset_of_a_table_has_a_command():
+    """Whose arguments exist, and which writes that file."""
+    collector = importlib.import_module("data.collect_mpe")
+    paths = {path for _, commands in tables.TABLES.values() for path in map(runs.dataset, commands.values())}
+    assert len(paths) > 20
+    for path in paths:
+        script, *words = everything.recording(str(path.relative_to(toy.ROOT))).split()
+        if script == "data/collect_mpe.py":
+            args = tyro.cli(collector.Args, args=words)
+            assert toy.ROOT / (args.output or f"data/datasets/{args.env}/{args.quality}.npz") == path
+        else:  # cannot be imported without SMAX
+            env, quality = path.relative_to(toy.ROOT / "data/datasets").with_suffix("").as_posix().rsplit("/", 1)
+            assert (script, words) == ("data/collect_smax.py", ["--env", env, "--quality", quality])
+
+
 def test_speed_beside_omars_code(tmp_path):
     """In a process of its own, as it puts stand-ins in the place of what their code imports."""
     command = [sys.executable, str(toy.ROOT / "paper/speed.py"), "--omar", str(tmp_path), "--transitions", "200"]
@@ -550,5 +610,5 @@ class MATD3:
 def test_the_better_setting_is_the_complete_one_with_the_higher_mean():
     even = {"21": {"score": "50"}, "22": {"score": "60"}}
     runs = {"R / N": even, "other": {"21": {"score": "57"}, "22": {"score": "55"}}, "half": {"21": {"score": "99"}}}
-    assert credit.better(runs, "R / N", "other", "half", "not run") is runs["other"]
-    assert credit.better(runs, "R / N") is even and credit.better(runs, "not run") == {}
+    assert rows.better(runs, "R / N", "other", "half", "not run") is runs["other"]
+    assert rows.better(runs, "R / N") is even and rows.better(runs, "not run") == {}
