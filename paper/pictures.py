@@ -1,8 +1,8 @@
 """Draw what a run with `--credit macca` has learned: its causal graph, and its credit in one episode of its policy.
 
-    python paper/pictures.py runs/RUN        # -> RUN/credit.png, RUN/episode.gif, RUN/edges.png (the paper's Figure 3)
+    python paper/pictures.py runs/RUN        # -> RUN/graph.png, RUN/credit.png, RUN/episode.gif, RUN/edges.png
 
-The last one needs the run's edges.npz, which paper/edges.py records.
+graph.png is the paper's Figure 1, learned; edges.png its Figure 3, which needs the run's edges.npz (paper/edges.py).
 """
 
 import importlib
@@ -93,6 +93,36 @@ def draw_edges(
     bar.ax.axhline(h, color="red")
     bar.ax.annotate("h", (0, h), xytext=(-9, -3), textcoords="offset points", color="red")
     figure.savefig(path, dpi=120)
+
+
+def draw_graph(path: Path, edges: np.ndarray, names: list, h: float) -> None:
+    """The paper's Figure 1, learned: mean probabilities [N, D] of the edges that count, at most 60, strongest first.
+
+    Dimensions stand on the left, agents' slots r^i in the middle, R on the right.
+    """
+    agents, colours = len(edges), [f"C{i}" for i in range(len(edges))]
+    strongest = [divmod(int(place), edges.shape[1]) for place in np.argsort(-edges, axis=None)[:60]]
+    shown = [(i, d) for i, d in strongest if edges[i, d] >= h]
+    parents = sorted({d for _, d in shown})
+    heights = dict(zip(parents, np.linspace(1, 0, len(parents)) if len(parents) > 1 else [0.5], strict=True))
+    slots = np.linspace(0.85, 0.15, agents)
+    figure, axes = plt.subplots(figsize=(7, 1.5 + 0.2 * max(len(parents), 2 * agents)), layout="constrained")
+    for i, d in shown:
+        axes.plot([0, 1], [heights[d], slots[i]], color=colours[i], linewidth=2.5 * edges[i, d], alpha=0.7)
+    for d in parents:
+        name = " ".join(word for word in names[d] if word).removeprefix("nobody's ")
+        axes.text(-0.02, heights[d], name, ha="right", va="center", fontsize=8)
+    for i, height in enumerate(slots):
+        axes.plot([1, 1.5], [height, 0.5], color="black", linewidth=1)
+        circle = {"boxstyle": "circle", "facecolor": "white", "edgecolor": colours[i]}
+        axes.text(1, height, f"$r^{i + 1}$", ha="center", va="center", bbox=circle)
+    circle = {"boxstyle": "circle", "facecolor": "white", "edgecolor": "black"}
+    axes.text(1.5, 0.5, "$R$", ha="center", va="center", bbox=circle)
+    axes.set(xlim=(-0.6, 1.65), ylim=(-0.08, 1.08))
+    axes.set_title(f"{len(shown)} edges of {edges.size}: width is the probability, colour the slot", fontsize=10)
+    axes.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 class Recorder(BaseParallelWrapper):
@@ -213,15 +243,18 @@ if __name__ == "__main__":
         fail(f"no episode of {trained.env} can be played with the policy of {args.run} ({reason})")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        agents, state_dim = credit.shape[1], len(causal_model.state_mean)
+        observer = [d * agents // state_dim for d in range(state_dim)]
+        names = dimension_names(trained.env, observer if joint else metadata["state_owner"], agents, nets.action_dim)
         if recorded:
-            agents, state_dim = credit.shape[1], len(causal_model.state_mean)
-            observer = [d * agents // state_dim for d in range(state_dim)]
-            owner = observer if joint else metadata["state_owner"]
-            names = dimension_names(trained.env, owner, agents, nets.action_dim)
             draw_edges(out / "edges.png", recorded["iterations"], recorded["edges"], *names, trained.h)
             print(out / "edges.png")
         else:
             print("no edges.png: the run has no edges.npz, which paper/edges.py records")
+        rows = script.causal_inputs(script.sample(data, 5_000))
+        edges = torch.cat(causal_model.probabilities(*rows), dim=2).mean(0).numpy()
+        draw_graph(out / "graph.png", edges, [*names[0], *names[1]], trained.h)
+        print(out / "graph.png")
         paid = batch["individual_rewards"].numpy()
         draw_credit(out / "credit.png", credit, paid, args.episode_seed)
         print(out / "credit.png")

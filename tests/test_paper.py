@@ -388,8 +388,8 @@ def test_pictures_of_cooperative_navigation(tmp_path, monkeypatch):
     run = with_edges(tmp_path, monkeypatch=monkeypatch)
     status, stdout, stderr = toy.run("paper/pictures", tmp_path, run, monkeypatch=monkeypatch)
     assert status == 0, stderr
-    assert stdout.split() == [str(run / name) for name in ("edges.png", "credit.png", "episode.gif")]
-    for name in ("edges.png", "credit.png"):
+    assert stdout.split() == [str(run / name) for name in ("edges.png", "graph.png", "credit.png", "episode.gif")]
+    for name in ("edges.png", "graph.png", "credit.png"):
         with Image.open(run / name) as image:
             image.load()
             assert len(image.convert("RGB").getcolors(10**6)) > 100, name  # something was drawn
@@ -408,7 +408,15 @@ def test_an_environment_that_is_not_rendered(script, discrete, tmp_path, monkeyp
     status, stdout, stderr = toy.run("paper/pictures", tmp_path, run, "--out", out, monkeypatch=monkeypatch)
     assert status == 0, stderr
     assert "no episode.gif" in stdout and "no edges.png" in stdout
-    assert [path.name for path in out.iterdir()] == ["credit.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["credit.png", "graph.png"]
+
+
+@pytest.mark.parametrize("edges", [np.zeros((2, 5)), np.full((3, 40), 0.9)])
+def test_graphs_without_an_edge_and_with_very_many(edges, tmp_path):
+    names = [("nobody's", "", f"s{d}") for d in range(edges.shape[1])]
+    pictures.draw_graph(tmp_path / "graph.png", edges, names, 0.1)
+    with Image.open(tmp_path / "graph.png") as image:
+        image.load()
 
 
 def test_names_of_dimensions():
