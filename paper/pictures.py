@@ -104,7 +104,7 @@ def draw_graph(path: Path, edges: np.ndarray, names: list, h: float) -> None:
     strongest = [divmod(int(place), edges.shape[1]) for place in np.argsort(-edges, axis=None)[:60]]
     shown = [(i, d) for i, d in strongest if edges[i, d] >= h]
     parents = sorted({d for _, d in shown})
-    heights = dict(zip(parents, np.linspace(1, 0, len(parents)) if len(parents) > 1 else [0.5], strict=True))
+    heights = dict(zip(parents, np.linspace(1, 0, len(parents)), strict=True))
     slots = np.linspace(0.85, 0.15, agents)
     figure, axes = plt.subplots(figsize=(7, 1.5 + 0.2 * max(len(parents), 2 * agents)), layout="constrained")
     for i, d in shown:
