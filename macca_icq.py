@@ -218,7 +218,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
 
 
 def hold_out(data: Batch) -> tuple[Batch, Batch]:
-    """Split off random whole episodes to measure the credit on, the same for all seeds. Empties `data`."""
+    """Split off random whole episodes to measure the credit on, the same for all seeds. Overwrites `data`."""
     ends = (data["terminals"] | data["timeouts"]).long()
     episode = ends.cumsum(0) - ends  # [T]
     order = torch.randperm(int(ends.sum()), generator=torch.Generator().manual_seed(0))
@@ -226,7 +226,10 @@ def hold_out(data: Batch) -> tuple[Batch, Batch]:
     held = torch.isin(episode, order[lengths.cumsum(0) - lengths < min(1e4, len(ends) / 10)])
     kept = ~held if (~held).sum() > 1 else torch.ones_like(held)  # a single episode is both
     held_out = {name: x[held] for name, x in data.items()}
-    return {name: data.pop(name)[kept] for name in [*data]}, held_out  # there is never a second copy of all
+    for x in data.values():  # in place, as a second copy may find no room
+        for number, rows in enumerate(kept.nonzero().squeeze(1).split(1000)):
+            x[1000 * number :][: len(rows)] = x[rows]
+    return {name: x[: kept.sum()] for name, x in data.items()}, held_out
 
 
 def sample(data: Batch, batch_size: int) -> Batch:

@@ -216,7 +216,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
 
 
 def hold_out(data: Batch) -> tuple[Batch, Batch]:
-    """Split off random whole episodes to measure the credit on, the same for all seeds. Empties `data`."""
+    """Split off random whole episodes to measure the credit on, the same for all seeds. Overwrites `data`."""
     ends = (data["terminals"] | data["timeouts"]).long()
     episode = ends.cumsum(0) - ends  # [T]
     order = torch.randperm(int(ends.sum()), generator=torch.Generator().manual_seed(0))
@@ -224,7 +224,10 @@ def hold_out(data: Batch) -> tuple[Batch, Batch]:
     held = torch.isin(episode, order[lengths.cumsum(0) - lengths < min(1e4, len(ends) / 10)])
     kept = ~held if (~held).sum() > 1 else torch.ones_like(held)  # a single episode is both
     held_out = {name: x[held] for name, x in data.items()}
-    return {name: data.pop(name)[kept] for name in [*data]}, held_out  # there is never a second copy of all
+    for x in data.values():  # in place, as a second copy may find no room
+        for number, rows in enumerate(kept.nonzero().squeeze(1).split(1000)):
+            x[1000 * number :][: len(rows)] = x[rows]
+    return {name: x[: kept.sum()] for name, x in data.items()}, held_out
 
 
 def sample(data: Batch, batch_size: int) -> Batch:
@@ -368,8 +371,7 @@ def critic_loss(batch: Batch, rewards: Tensor, nets: Networks, args: Args) -> tu
     x, next_x = nets.inputs(batch["observations"]), nets.inputs(batch["next_observations"])
     actions = batch["actions"].transpose(0, 1)  # [N, B, A] or [N, B]
     if nets.discrete:
-        masks = batch["action_masks"].transpose(0, 1)  # [N, B, A]
-        next_masks = batch["next_action_masks"].transpose(0, 1)
+        masks, next_masks = (batch[x].transpose(0, 1) for x in ("action_masks", "next_action_masks"))  # [N, B, A]
         with torch.no_grad():
             next_actions = nets.actor_target(next_x).masked_fill(~next_masks, -torch.inf).argmax(2)
             next_q = nets.critic_target(next_x).min(0).values.gather(2, next_actions[..., None])
@@ -398,8 +400,7 @@ def zeroth_order_actions(x: Tensor, pi: Tensor, critic: Critic, args: Args) -> T
     own = pi[:, :, None]  # [N, B, 1, A]
     mean, std, candidates, q = torch.zeros_like(own), 2.0, own, own
     for _ in range(args.omar_rounds):
-        noise = torch.randn_like(own.expand(-1, -1, args.omar_samples, -1))
-        samples = (mean + std * noise).clamp(-1, 1)  # [N, B, K, A]
+        samples = (mean + std * torch.randn_like(own.expand(-1, -1, args.omar_samples, -1))).clamp(-1, 1)  # K
         candidates = torch.cat([samples, own], dim=2)
         q = critic(x, candidates, twins=1)[0]  # [N, B, K + 1]
         weights = q[..., :-1].softmax(2)[..., None]  # refit the Gaussian to the good samples
@@ -415,8 +416,7 @@ def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]
         masks = batch["action_masks"].transpose(0, 1)
         logits = nets.actor(x).masked_fill(~masks, -1e9)  # [N, B, A]
         q_all = nets.critic(x, twins=1)[0]
-        # A finite set is searched exactly; the distance becomes a cross-entropy.
-        a_hat = q_all.masked_fill(~masks, -torch.inf).argmax(2)
+        a_hat = q_all.masked_fill(~masks, -torch.inf).argmax(2)  # a finite set is searched exactly
         distance = F.cross_entropy(logits.movedim(2, 1), a_hat, reduction="none")
         q = (logits.softmax(2) * q_all).sum(2)  # the expected Q under pi
         data_distance = (logits.argmax(2) != actions).float().mean()
