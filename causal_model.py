@@ -154,7 +154,7 @@ class CausalModel(nn.Module):
         """phi [B, N], Shapley values in the game v(S) = mean_k R_hat(own variables and actions of the agents in S and
         what is nobody's from this row, those of the other agents from reference k)."""
         phi, count = [], len(self.kept) * len(self.references)
-        size = 2**17 if parents.is_cuda else 2048  # fills the device, or fits the cache
+        size = 2**17 if parents.is_cuda else 512  # fills the device, or fits the cache
         for rows in torch.arange(len(parents), device=parents.device).split(size // count + 1):
             mixed = torch.where(self.kept[:, None], parents[rows, None, None], self.references)  # [b, C, K, D]
             living = None if alive is None else alive[rows].repeat_interleave(count, dim=0)
