@@ -224,7 +224,7 @@ def hold_out(data: Batch) -> tuple[Batch, Batch]:
     held = torch.isin(episode, order[lengths.cumsum(0) - lengths < min(1e4, len(ends) / 10)])
     kept = ~held if (~held).sum() > 1 else torch.ones_like(held)  # a single episode is both
     held_out = {name: x[held] for name, x in data.items()}
-    for x in data.values():  # in place, as a second copy may find no room
+    for x in data.values():  # in place, as a second copy may find no room; only constants share memory
         for number, rows in enumerate(kept.nonzero().squeeze(1).split(1000)):
             x[1000 * number :][: len(rows)] = x[rows]
     return {name: x[: kept.sum()] for name, x in data.items()}, held_out
@@ -296,7 +296,7 @@ class Critic(nn.Module):
     def forward(self, x: Tensor, actions: Tensor | None = None, twins: int = 2) -> Tensor:
         """[N, B, O], K actions each [N, B, K, A] (discrete: all) -> Q-values [twins, N, B, K]."""
         agents, batch, _ = x.shape
-        x = self.layer1(x.repeat(twins, 1, 1))  # [twins N, B, H], then [twins N, B K, H]
+        x = self.layer1(x.repeat(twins, 1, 1))  # [twins N, B, H], then [twins N, B, K, H]
         if actions is not None and self.action_weight is not None:
             # The first layer is linear: observations enter once for all K actions.
             actions = actions.flatten(1, 2).repeat(twins, 1, 1)  # [twins N, B K, A]

@@ -2,17 +2,17 @@
 
     python paper/ablation.py truth macca_omar.py --dataset expert
 
-truth     Table 5: the causal model learns from the recorded individual rewards instead of their sum, and a slot's
-          prediction is the agent's reward, whole (Eq. 6, without what is left of the team reward).
-averaged  Table 6, "fixed graph": the credit masks by edge probabilities averaged over 10,000 rows, clipped at h.
+truth     Table 5: the causal model learns from the recorded individual rewards instead of their sum, and what a slot
+          predicts is the agent's reward; nothing is split but the team reward's mean. --share means nothing here.
+averaged  Table 6, "fixed graph": the credit masks by edge probabilities averaged over 10,000 rows, clipped at h. (The
+          paper averages while it trains.)
 soft      Table 6, "without clipping": the credit multiplies by edge probabilities instead of masks.
-beside    Table 7: the causal model learns beside the policies, a step before each of theirs, and splits the rewards
-          of their minibatch as it stands. --causal-iterations 1 leaves nothing before.
+beside    Table 7: the causal model learns alternately with the policies, a step before each of theirs, and splits the
+          rewards of their minibatch as it stands. --causal-iterations 1, the least, leaves one step before.
 """
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rows import ROOT, SCRIPTS, fail
@@ -32,17 +32,17 @@ def soft(self: CausalModel, parents: Tensor, alive: Tensor | None = None, masks:
 def averaged(self: CausalModel, parents: Tensor, alive: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
     """Slots whose default masks are the same for all rows: where the mean probability is at least h."""
     if masks is None:
-        mean: Any = self.mean_probabilities
-        masks = (mean >= self.h).float()
+        masks = torch.ge(self.mean_probabilities, self.h).float()
     return plain_slots(self, parents, alive, masks)
 
 
+@torch.no_grad()
 def predicted(
     self: CausalModel, state: Tensor, action: Tensor, team_reward: Tensor, alive: Tensor | None = None
 ) -> Tensor:
-    """What the slots predict [B, N], in units of a reward; nothing is split evenly."""
-    parents = self._parents(state, action)
-    return self._slots(parents, alive) * self.reward_std + self.reward_mean / len(self.edge_logits)
+    """What the slots predict [B, N], in a reward's units, 0 for the dead; only the mean is split evenly."""
+    own = self._slots(self._parents(state, action)) * self.reward_std + self.reward_mean / len(self.edge_logits)
+    return own if alive is None else own * alive
 
 
 # Lines of the scripts, and what takes their place.
@@ -51,8 +51,9 @@ CHANGES = {
     "averaged": {
         '            data["credit"] = assign_credit(data, args, causal_model)\n': """\
             with torch.no_grad():
-                inputs = causal_inputs({name: x[:: len(x) // 10_000 + 1] for name, x in data.items()})
-                edges = torch.cat(causal_model.probabilities(*inputs), dim=2)
+                some = torch.linspace(0, len(data["rewards"]) - 1, 10_000).long()
+                edges = causal_model.probabilities(*causal_inputs({name: x[some] for name, x in data.items()}))
+                edges = torch.cat(edges, dim=2)
                 causal_model.mean_probabilities = edges.mean(0, keepdim=True)
             data["credit"] = assign_credit(data, args, causal_model)
 """
@@ -65,7 +66,7 @@ CHANGES = {
     soft = torch.sigmoid(logits + torch.logit(uniform))
     slots = causal_model._slots(parents, batch["alive"], (soft > 0.5).float() + soft - soft.detach())
     goals = (batch["individual_rewards"] - causal_model.reward_mean / slots.shape[1]) / causal_model.reward_std
-    error = (slots - goals).square().sum(1).mean()
+    error = (slots - goals).square().sum(1).mean() / goals.var(0).sum()
     penalty = (causal_model.edge_price * (torch.sigmoid(logits) + varying.abs())).sum((1, 2)).mean()
     loss = error + (1 - error.detach()).clamp(min=0) * penalty
     error = error.detach()
@@ -76,7 +77,7 @@ CHANGES = {
         "        logs = update_causal_model(batch, causal_model, optimizers) if causal else": """\
         logs = update_causal_model(batch, causal_model, optimizers)
         if not causal:
-            batch["credit"] = assign_credit(batch, args, causal_model)
+            batch["credit"] = causal_model.assign(*causal_inputs(batch), batch["rewards"], batch["alive"])
             if args.standardize_rewards:  # by the minibatch's deviation, as all shares change all the time
                 batch["credit"] = standardize(batch["credit"], batch["alive"], nets.center)
             if (iteration + 1) % args.eval_interval == 0:
@@ -94,6 +95,8 @@ if __name__ == "__main__":
         raise SystemExit
     if name not in CHANGES or script not in SCRIPTS:
         fail(f"the first two arguments must be one of {', '.join(CHANGES)} and one of {', '.join(SCRIPTS)}")
+    if any(word.startswith("--resume") for word in sys.argv):
+        fail("a resumed run would go on without the change; start a new run")
     source = Path(ROOT, script).read_text(encoding="utf-8")
     for old, new in CHANGES[name].items():
         if source.count(old) != 1:

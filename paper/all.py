@@ -62,14 +62,17 @@ def filled(text: str) -> str:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    missing: list[str] = []
     if not args.pages:
-        datasets = {str(dataset(command).relative_to(ROOT)) for _, rows in TABLES.values() for command in rows.values()}
-        for path in sorted(datasets):
-            if (
-                not (ROOT / path).is_file()
-                and subprocess.run([sys.executable, *recording(path).split()], cwd=ROOT).returncode
-            ):
-                fail(f"{path} could not be recorded; SMAX needs what the README says under Commands")
-        run_missing([*TABLES], args.jobs, engine=args.engine, address=args.address, first=args.seeds)
+        paths = {name: {dataset(command) for command in commands.values()} for name, (_, commands) in TABLES.items()}
+        for path in sorted(set().union(*paths.values())):
+            name = str(path.relative_to(ROOT))
+            if not path.is_file():
+                subprocess.run([sys.executable, *recording(name).split()], cwd=ROOT)
+            missing += [name] * (not path.is_file())
+        tables = [name for name, needed in paths.items() if all(path.is_file() for path in needed)]
+        run_missing(tables, args.jobs, engine=args.engine, address=args.address, first=args.seeds)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(PAGE)
+    if missing:
+        fail(f"tables that need {', '.join(missing)} were left out; these could not be recorded (SMAX needs jaxmarl)")

@@ -27,17 +27,12 @@ from rows import (
     print_table,
 )
 from runs import Printing, run_missing
+from table1 import PAPER
 from tables import CREDIT, TABLES
 
 NAMES = [name for name in TABLES if name.startswith("credit-") and "medium" in name]
 COLOURS = ["#e6ab02", "#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#a6761d", "#e7298a", "0.6", "0.3", "#17becf"]
 COLOURS += ["#a6cee3", "#000000"]
-PAPER = {  # the MACCA columns of the paper's Table 1
-    "cn-medium-replay": {"cql": 15.9, "omar": 33.2, "icq": 28.6},
-    "cn-medium": {"cql": 45.0, "omar": 67.9, "icq": 70.3},
-}
-
-
 if __name__ == "__main__":
     args = tyro.cli(Printing, description=__doc__)
     if not args.show:
@@ -51,7 +46,7 @@ if __name__ == "__main__":
     for table, runs in there.items():
         _, rest = table.split("-", 1)
         dataset, backbone = rest.rsplit("-", 1)
-        paper = PAPER.get(dataset, {}).get(backbone, "")
+        paper = dict(zip(("cql", "omar", "icq"), PAPER[dataset][3:], strict=True))[backbone]
         first = runs.get("R / N", {})
         cells = [mean_std(numbers(runs.get(label, {}), "score")) for label in labels]
         scores.append([rest, *cells, str(paper)])

@@ -119,7 +119,8 @@ def draw_graph(path: Path, edges: np.ndarray, names: list, h: float) -> None:
     circle = {"boxstyle": "circle", "facecolor": "white", "edgecolor": "black"}
     axes.text(1.5, 0.5, "$R$", ha="center", va="center", bbox=circle)
     axes.set(xlim=(-0.6, 1.65), ylim=(-0.08, 1.08))
-    axes.set_title(f"{len(shown)} edges of {edges.size}: width is the probability, colour the slot", fontsize=10)
+    title = f"{len(shown)} of the {int((edges >= h).sum())} edges that count, of {edges.size} possible"
+    axes.set_title(f"{title}: width is the probability, colour the slot", fontsize=10)
     axes.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -251,9 +252,11 @@ if __name__ == "__main__":
             print(out / "edges.png")
         else:
             print("no edges.png: the run has no edges.npz, which paper/edges.py records")
+        torch.manual_seed(0)
         rows = script.causal_inputs(script.sample(data, 5_000))
         edges = torch.cat(causal_model.probabilities(*rows), dim=2).mean(0).numpy()
-        draw_graph(out / "graph.png", edges, [*names[0], *names[1]], trained.h)
+        moves = [(who, "action", move) for who, _, move in names[1]]
+        draw_graph(out / "graph.png", edges, [*names[0], *moves], trained.h)
         print(out / "graph.png")
         paid = batch["individual_rewards"].numpy()
         draw_credit(out / "credit.png", credit, paid, args.episode_seed)

@@ -27,6 +27,8 @@ def rolled(
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
         fail(f"the first argument must be one of {', '.join(SCRIPTS)}")
+    if any(word.startswith("--resume") for word in sys.argv):
+        fail("a resumed run would go on with its own shares; start a new run")
     CausalModel.assign = rolled
     sys.argv = sys.argv[1:]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

@@ -75,9 +75,16 @@ def paired(one: Runs, other: Runs, column: str) -> list[float]:
 
 
 def better(runs: dict[str, Runs], *labels: str) -> Runs:
-    """Of the settings that something was run with, each a label, the complete one with the higher mean score."""
-    complete = [runs[label] for label in labels if label in runs and len(runs[label]) >= len(runs.get("R / N", {}))]
-    return max(complete, key=lambda seeds: statistics.mean(numbers(seeds, "score")), default={})
+    """Of the settings that something was run with, each a label, the one with the highest mean score.
+
+    Compared are the seeds that all of them have; what has none of a setting's seeds is left out.
+    """
+    scores = {label: {seed: row for seed, row in runs.get(label, {}).items() if row.get("score")} for label in labels}
+    scores = {label: seeds for label, seeds in scores.items() if seeds}
+    shared = set.intersection(*map(set, scores.values())) if scores else set()
+    if not shared:
+        return next(iter(scores.values()), {})
+    return max(scores.values(), key=lambda seeds: statistics.mean(float(seeds[seed]["score"]) for seed in shared))
 
 
 def t_interval(values: Sequence[float]) -> float:

@@ -182,7 +182,7 @@ def run_missing(
         todo += [run for run in runs if only in ("", run[1]) and f"python {run[2]}" not in there]
     for _, _, command, _ in todo:  # better now than after hours
         if not dataset(command).is_file():
-            rows.fail(f"{dataset(command)} is missing; data/README.md says which command makes it")
+            rows.fail(f"{dataset(command)} is missing; python paper/all.py records what the tables need")
 
     cluster, running, failures, signals = None, [], [], []
     handlers = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -174,9 +174,14 @@ if __name__ == "__main__":
     if args.physics:
         physics(args.rounds)
         raise SystemExit
+    if args.omar:
+        args.script, args.cuda = "macca_omar", False
     script: Any = importlib.import_module(args.script)
     settings = script.Args(env=args.env, dataset=args.dataset, batch_size=args.batch_size, cuda=args.cuda)
     env, _ = script.make_env(args.env)
+    discrete = isinstance(env.action_space(env.possible_agents[0]), gymnasium.spaces.Discrete)
+    if args.omar and discrete:
+        fail(f"--omar: of OMAR's code only its continuous actions are timed, --env {args.env} has discrete ones")
     with tempfile.TemporaryDirectory() as folder:
         path = dataset_path(args.env, args.dataset)
         if args.transitions:

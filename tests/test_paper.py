@@ -26,6 +26,7 @@ from causal_model import CausalModel
 
 sys.path.insert(0, str(toy.ROOT / "paper"))
 import ablation
+import ablations
 import all as everything
 import pictures
 import rolled
@@ -116,7 +117,12 @@ def test_one_row_of_a_table(project):
 
 def test_columns_that_are_printed_are_recorded(project):
     assert run(project, "--only", "behaviour cloning")[0] == 0
-    printed = {*table13.COLUMNS, *table2.CREDIT, *"score best_score score_paper won return paid_skill curve".split()}
+    printed = {
+        *table13.COLUMNS,
+        *table2.CREDIT,
+        *ablations.COLUMNS,
+        *"score best_score score_paper won return paid_skill curve".split(),
+    }
     assert printed <= {*recorded(project)[0]}
 
 
@@ -206,6 +212,7 @@ def test_another_engine_is_refused_where_it_is_not_installed(project):
 def parsed(command):
     script, *words = shlex.split(command)
     before = {"paper/rolled.py": 1, "paper/ablation.py": 2}.get(script, 0)
+    assert before < 2 or words[0] in ablation.CHANGES
     script, words = (words[before - 1], words[before:]) if before else (script, words)
     module = importlib.import_module(script.removeprefix("paper/").removesuffix(".py"))
     args = tyro.cli(module.Args, args=words)
@@ -555,15 +562,37 @@ def test_predicted_rewards_are_in_a_rewards_units():
 
 
 def test_a_model_of_what_is_paid_predicts_it(tmp_path, monkeypatch):
-    """Two agents whose rewards are their own: told them, the slots know them better than the sum alone says."""
+    """Both rewards come from the first agent's action: their sum does not say who is paid what, the rewards do."""
     monkeypatch.setattr(CausalModel, "assign", CausalModel.assign)
-    flags = ["--env", "toy:matching", "--dataset", toy.write(tmp_path / "data.npz", transitions=2000), *SHORT]
-    flags += ["--causal-iterations", 600, "--batch-size", 128, "--share", "slots", "--anchor", 1]
-    words = ("truth", "macca_cql.py", *flags)
+    first = toy.record(toy.Matching(), 2000)["actions"][:, 0, 0]
+    paid = np.stack([0.2 * first, first], axis=1).astype(np.float32)
+    dataset = toy.write(tmp_path / "data.npz", transitions=2000, individual_rewards=paid, rewards=paid.sum(1))
+    flags = ["--env", "toy:matching", "--dataset", dataset, *SHORT, "--causal-iterations", 600, "--batch-size", 128]
+    skills = []
+    for folder, words in (("truth", ["truth"]), ("plain", [])):
+        (tmp_path / folder).mkdir()
+        script = ("paper/ablation", *words, "macca_cql.py") if words else ("macca_cql",)
+        status, _, stderr = toy.run(script[0], tmp_path / folder, *script[1:], *flags, monkeypatch=monkeypatch)
+        assert status == 0, stderr
+        monkeypatch.undo() if words else None
+        with open(toy.run_folder(tmp_path / folder) / "metrics.csv") as file:
+            skills.append(float([*csv.DictReader(file)][-1]["paid_skill"]))
+    assert skills[0] > 0.9 and skills[1] < 0, skills
+
+
+@pytest.mark.parametrize("script", toy.SCRIPTS)
+def test_a_causal_model_beside_the_policies(script, tmp_path, monkeypatch):
+    """It learns before every update of the policies, which are told what it says at that moment."""
+    monkeypatch.setattr(CausalModel, "assign", CausalModel.assign)
+    genuine, losses, told = CausalModel.assign, [], []
+    plain_loss = CausalModel.loss
+    monkeypatch.setattr(CausalModel, "loss", lambda *x: losses.append(1) or plain_loss(*x))
+    monkeypatch.setattr(CausalModel, "assign", lambda *x: told.append((len(losses), len(x[1]))) or genuine(*x))
+    flags = ["--env", "toy:matching", "--dataset", toy.write(tmp_path / "data.npz"), *SHORT, "--causal-iterations", 1]
+    words = ("beside", f"{script}.py", *flags)
     status, _, stderr = toy.run("paper/ablation", tmp_path, *words, monkeypatch=monkeypatch)
     assert status == 0, stderr
-    with open(toy.run_folder(tmp_path) / "metrics.csv") as file:
-        assert float([*csv.DictReader(file)][-1]["paid_skill"]) > 0.8
+    assert [number for number, rows in told if rows == 16] == [2, 3, 4, 5] and len(losses) == 5  # 1 before, 4 beside
 
 
 def test_pages_are_filled_from_commands():
@@ -574,6 +603,25 @@ def test_pages_are_filled_from_commands():
     assert page.endswith("|\n\n<!-- end -->\nb\n") and "old" not in page and everything.filled(page) == page
     with pytest.raises(SystemExit):
         everything.filled("<!-- python paper/nothing.py -->\n<!-- end -->")
+
+
+@pytest.mark.parametrize("script", ["table1", "ablations", "table2"])
+def test_no_cell_of_a_whole_table_is_empty(script, tmp_path, monkeypatch):
+    """With results for every row of every table: a label that no table has would leave an empty cell."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    for table in tables.TABLES:
+        for row in made_up_rows(table):
+            rows.add(tmp_path / f"{table}.csv", row)
+    status, stdout, stderr = toy.run(f"paper/{script}", tmp_path, "--show", monkeypatch=monkeypatch)
+    assert status == 0, stderr
+    may_be_empty = {"the paper's", "the paper's, expert", "the paper's, on SMAC", "minus MACCA, paired", ""}
+    may_be_empty |= {"state density", "action density", "team NMSE", "cause skill"} if script == "ablations" else set()
+    for block in (block.splitlines() for block in stdout.split("\n\n") if block.startswith("|")):
+        head, _, *body = ([cell.strip() for cell in line.split("|")[1:-1]] for line in block)
+        for cells in body:
+            empty = [name for name, cell in zip(head, cells, strict=True) if not cell]
+            assert {*empty} <= may_be_empty, (cells, empty)
+    assert script != "table1" or stdout.count("; 12 datasets)") == 9
 
 
 def test_every_dataset_of_a_table_has_a_command():
@@ -615,8 +663,10 @@ class MATD3:
     assert done.returncode == 0 and "batch 16: OMAR's 0.0 ms, ours " in done.stdout, done.stderr
 
 
-def test_the_better_setting_is_the_complete_one_with_the_higher_mean():
+def test_the_better_setting_has_the_higher_mean_on_shared_seeds():
     even = {"21": {"score": "50"}, "22": {"score": "60"}}
-    runs = {"R / N": even, "other": {"21": {"score": "57"}, "22": {"score": "55"}}, "half": {"21": {"score": "99"}}}
-    assert rows.better(runs, "R / N", "other", "half", "not run") is runs["other"]
-    assert rows.better(runs, "R / N") is even and rows.better(runs, "not run") == {}
+    runs = {"R / N": even, "other": {"21": {"score": "57"}, "22": {"score": "55"}}, "half": {"22": {"score": "59"}}}
+    assert rows.better(runs, "R / N", "other", "not run") == runs["other"]  # 56 above 55
+    assert rows.better(runs, "R / N", "other", "half") == even  # of seed 22: 60 above 55 and 59
+    assert rows.better({"half": {"22": {"score": ""}}}, "half") == {}
+    assert rows.better(runs, "R / N") == even and rows.better(runs, "not run") == {}
