@@ -13,6 +13,7 @@ beside    Table 7: the causal model learns alternately with the policies, a step
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rows import ROOT, SCRIPTS, fail
@@ -32,7 +33,8 @@ def soft(self: CausalModel, parents: Tensor, alive: Tensor | None = None, masks:
 def averaged(self: CausalModel, parents: Tensor, alive: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
     """Slots whose default masks are the same for all rows: where the mean probability is at least h."""
     if masks is None:
-        masks = torch.ge(self.mean_probabilities, self.h).float()
+        mean: Any = self.mean_probabilities
+        masks = (mean >= self.h).float()
     return plain_slots(self, parents, alive, masks)
 
 

@@ -46,7 +46,7 @@ if __name__ == "__main__":
     for table, runs in there.items():
         _, rest = table.split("-", 1)
         dataset, backbone = rest.rsplit("-", 1)
-        paper = dict(zip(("cql", "omar", "icq"), PAPER[dataset][3:], strict=True))[backbone]
+        paper = PAPER[dataset][3 + ["cql", "omar", "icq"].index(backbone)]
         first = runs.get("R / N", {})
         cells = [mean_std(numbers(runs.get(label, {}), "score")) for label in labels]
         scores.append([rest, *cells, str(paper)])
