@@ -478,7 +478,7 @@ if __name__ == "__main__":
         stored = Args(**{**checkpoint["args"], "resume": args.resume, "cuda": args.cuda})
         args = tyro.cli(Args, default=stored)
         given = [n for n, x in vars(args).items() if n != "total_iterations" and x != getattr(stored, n)]
-        require(not given, f"--resume keeps the run's arguments; leave out {', '.join(given)}")
+        require(not given, f"--resume keeps the run's arguments; leave out --{', --'.join(given).replace('_', '-')}")
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (int(type(value) is int), 1e9))  # integers from 1
         fits = type(value) not in (int, float) or low <= value <= high

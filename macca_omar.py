@@ -385,7 +385,7 @@ def critic_loss(batch: Batch, rewards: Tensor, nets: Networks, args: Args) -> tu
             candidates, log_density = penalty_actions(nets.actor(x).tanh(), args.cql_samples)
         q_all = nets.critic(x, torch.cat([actions[:, :, None], candidates], dim=2))  # [2, N, B, 1 + 2 K]
         q = q_all[..., 0]
-        # log sum_a exp Q(o, a) by importance sampling; - log 2 K has no gradient.
+        # log of exp Q's integral over all actions plus that near pi's, by importance sampling, plus log 2 K.
         soft_maximum = (q_all[..., 1:] - log_density).logsumexp(3)
     # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')), r_hat after a terminal or a death
     bootstrap = ~batch["terminals"] & batch["next_alive"].T  # [N, B]
@@ -498,7 +498,7 @@ if __name__ == "__main__":
         stored = Args(**{**checkpoint["args"], "resume": args.resume, "cuda": args.cuda})
         args = tyro.cli(Args, default=stored)
         given = [n for n, x in vars(args).items() if n != "total_iterations" and x != getattr(stored, n)]
-        require(not given, f"--resume keeps the run's arguments; leave out {', '.join(given)}")
+        require(not given, f"--resume keeps the run's arguments; leave out --{', --'.join(given).replace('_', '-')}")
     for name, value in vars(args).items():
         low, high = RANGES.get(name, (int(type(value) is int), 1e9))  # integers from 1
         fits = type(value) not in (int, float) or low <= value <= high

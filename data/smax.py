@@ -31,7 +31,9 @@ try:
     from jaxmarl.environments.smax import HeuristicEnemySMAX
     from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
 except ImportError as error:
-    raise ImportError(f"SMAX cannot be imported ({error}); pip install jaxmarl==0.2.0") from error
+    raise ImportError(
+        f"SMAX cannot be imported ({error}); pip install $(grep -o 'jaxmarl==.*' requirements.txt)"
+    ) from error
 
 REWARD_SCALE = 10  # SMAX pays 1 for the enemy's whole health and 1 for the victory, SMAC 20 for both
 

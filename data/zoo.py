@@ -67,7 +67,7 @@ class FittedEnv(ParallelEnv):
                 raise ValueError("its agents take turns: an AEC environment whose metadata lack is_parallelizable")
             env = aec_to_parallel(env)
             self.changes.append("an AEC environment, all agents act at once")
-        self.env, self.metadata, self.render_mode = env, env.metadata, getattr(env, "render_mode", None)
+        self.env, self.metadata, self.render_mode = env, getattr(env, "metadata", {}), getattr(env, "render_mode", None)
         self.possible_agents, self.agents = list(getattr(env, "possible_agents", [])), []
         if not self.possible_agents:
             raise ValueError("it has no possible_agents, which must name every agent that may ever play")

@@ -95,12 +95,20 @@ if __name__ == "__main__":
     if name in ("-h", "--help"):
         print(__doc__)
         raise SystemExit
-    if name not in CHANGES or script not in SCRIPTS:
-        fail(f"the first two arguments must be one of {', '.join(CHANGES)} and one of {', '.join(SCRIPTS)}")
+    if name not in CHANGES:
+        fail(f"the first argument must be one of {', '.join(CHANGES)}")
+    if script not in SCRIPTS:
+        fail(f"the second argument must be one of {', '.join(SCRIPTS)}")
     if any(word.startswith("--resume") for word in sys.argv):
         fail("a resumed run would go on without the change; start a new run")
+    if any(word.startswith("--credit") for word in sys.argv):
+        fail(f"{name} changes MACCA's credit; leave out --credit")
     source = Path(ROOT, script).read_text(encoding="utf-8")
-    for old, new in CHANGES[name].items():
+    names = {
+        '__{args.credit}"': f'__{{args.credit}}-{name}"',
+        "to go on: python": "without the change it would go on by: python",
+    }
+    for old, new in (CHANGES[name] | names).items():
         if source.count(old) != 1:
             fail(f"{script} no longer has the lines that {name} replaces")
         source = source.replace(old, new)
@@ -108,6 +116,6 @@ if __name__ == "__main__":
         CausalModel._slots = {"soft": soft, "averaged": averaged}[name]
     if name == "truth":
         CausalModel.assign = predicted
-    sys.argv = sys.argv[2:]
+    sys.argv = [f"ablation.py {name} {script}", *sys.argv[3:]]
     __file__ = str(ROOT / script)
     exec(compile(source, __file__, "exec"))

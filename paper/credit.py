@@ -1,7 +1,7 @@
 """Does credit pay, and whose? Runs the tables credit-* of paper/tables.py, prints them as one, draws a figure.
 
     python paper/credit.py            # what paper/results/credit-*.csv lack (a day of two cores), then the table
-    python paper/credit.py --show     # from those files alone
+    python paper/credit.py --show     # from those files alone; the figure paper/results/credit-pays.png is drawn too
 
 Every row trains the same backbone on the same data and differs in what it tells the agents. All but R are standardised
 alike, by one deviation, so scale is no part of the differences.

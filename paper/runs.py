@@ -172,6 +172,8 @@ def run_missing(
     first: int = 1_000,
 ) -> None:
     """Run what the tables' files lack, of each table's `first` seeds. SIGTERM and Ctrl-C end the trainings too."""
+    if min(jobs, first) < 1:
+        rows.fail("--jobs and --seeds must be at least 1")
     todo = []
     for table in names:
         seeds, commands = TABLES[table]
@@ -195,7 +197,7 @@ def run_missing(
     progress = tqdm(total=len(todo), unit="run", smoothing=0)
     try:
         while (todo or running) and not signals:
-            while todo and len(running) < max(jobs, 1):
+            while todo and len(running) < jobs:
                 table, label, command, seed = todo.pop(0)
                 running.append((table, start(label, seed, command)))
                 progress.set_description(table)
