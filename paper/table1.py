@@ -79,6 +79,17 @@ if __name__ == "__main__":
         body.append([name, *(mean_interval(gaps[pair][number]) for pair in pairs), *printed])
     print_table(["dataset", *(f"{x} - ({y})" for x, y in pairs), "paper: CQL", "paper: OMAR", "paper: ICQ"], body)
 
+    print("\nR / N → MACCA:\n")  # the README's table
+    body = []
+    for number, (name, runs) in enumerate(datasets.items()):
+        body.append([name])
+        for x in ("OMAR", "CQL", "ICQ"):
+            means = [numbers(runs[label], "score") for label in (f"{x}, R / N", f"MACCA-{x}")]
+            arrow = " → ".join(f"{statistics.mean(scores):.0f}" for scores in means if scores)
+            gap = mean_interval(gaps[f"MACCA-{x}", f"{x}, R / N"][number])
+            body[-1].append(f"{arrow} ({gap})" if gap else arrow)
+    print_table(["dataset", "OMAR", "CQL", "ICQ"], body)
+
     print("\nMACCA, here / in the paper (on its own datasets):\n")
     body, above, run = [], 0, 0
     for name, runs in datasets.items():
