@@ -80,6 +80,8 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
                 "R, CQL": f"macca_cql.py {where} --credit team --no-standardize-rewards{cql}",
                 "MA-ICQ": f"{MA_ICQ} {where} --beta {1 if quality == 'expert' else 0.03}",
                 "behaviour cloning": f"{CLONING} {where}",
+                "MACCA-OMAR, rolled": f"paper/rolled.py macca_omar.py {where}{omar}",
+                "MACCA-CQL, rolled": f"paper/rolled.py macca_cql.py {where}{cql}",
             },
         )
 
