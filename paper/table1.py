@@ -44,6 +44,7 @@ def systems(dataset: str) -> dict[str, Runs]:
             "MA-ICQ, R": runs.get("MA-ICQ", {}),
             **even,
             **{f"MACCA-{name}": runs.get(f"MACCA-{name}", {}) for name in BACKBONES},
+            **{f"MACCA-{name}, rolled": runs.get(f"MACCA-{name}, rolled", {}) for name in BACKBONES},
         }
     cql, omar, icq = files = [by_label(f"credit-{dataset}-{name.lower()}") for name in BACKBONES]
     each = list(zip(BACKBONES, files, strict=True))
@@ -54,6 +55,7 @@ def systems(dataset: str) -> dict[str, Runs]:
         "MA-ICQ, R": icq.get("MA-ICQ", {}),
         **{f"{name}, R / N": better(runs, "R / N", "R / N, its best setting") for name, runs in each},
         **{f"MACCA-{name}": better(runs, "MACCA", "MACCA, R / N's best setting") for name, runs in each},
+        **{f"MACCA-{name}, rolled": runs.get("MACCA, rolled", {}) for name, runs in each},
     }
 
 
@@ -62,7 +64,7 @@ if __name__ == "__main__":
     if not args.show:
         run_missing([name for name in TABLES if name.startswith("credit-")], args.jobs)
     datasets = {dataset: systems(dataset) for dataset in PAPER}
-    columns = list(next(iter(datasets.values())))
+    columns = [name for name in systems("cn-expert") if "rolled" not in name]
 
     print_table(
         ["dataset", *columns],
@@ -89,6 +91,11 @@ if __name__ == "__main__":
             gap = mean_interval(gaps[f"MACCA-{x}", f"{x}, R / N"][number])
             body[-1].append(f"{arrow} ({gap})" if gap else arrow)
     print_table(["dataset", "OMAR", "CQL", "ICQ"], body)
+
+    print("\nMACCA's shares told to the next agent (the control `paper/rolled.py`):\n")
+    rolled = [f"MACCA-{x}, rolled" for x in BACKBONES]
+    body = [[name, *(mean_std(numbers(runs[x], "score")) for x in rolled)] for name, runs in datasets.items()]
+    print_table(["dataset", *rolled], [cells for cells in body if any(cells[1:])])
 
     print("\nMACCA, here / in the paper (on its own datasets):\n")
     body, above, run = [], 0, 0

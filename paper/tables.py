@@ -82,6 +82,7 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
                 "behaviour cloning": f"{CLONING} {where}",
                 "MACCA-OMAR, rolled": f"paper/rolled.py macca_omar.py {where}{omar}",
                 "MACCA-CQL, rolled": f"paper/rolled.py macca_cql.py {where}{cql}",
+                "MACCA-ICQ, rolled": f"paper/rolled.py macca_icq.py {where}{icq}",
             },
         )
 
