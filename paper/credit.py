@@ -1,7 +1,7 @@
-"""Does credit pay, and whose? Runs the tables credit-* of paper/tables.py, prints them as one, draws a figure.
+"""Does credit pay, and whose? Runs the tables credit-*-medium* of paper/tables.py and prints them as one.
 
     python paper/credit.py            # what paper/results/credit-*.csv lack (a day of two cores), then the table
-    python paper/credit.py --show     # from those files alone; the figure paper/results/credit-pays.png is drawn too
+    python paper/credit.py --show     # from those files alone
 
 Every row trains the same backbone on the same data and differs in what it tells the agents. All but R are standardised
 alike, by one deviation, so scale is no part of the differences.
@@ -9,13 +9,8 @@ alike, by one deviation, so scale is no part of the differences.
 
 import statistics
 
-import matplotlib
 import tyro
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from rows import (
-    RESULTS,
     better,
     by_label,
     fail,
@@ -31,8 +26,6 @@ from table1 import PAPER
 from tables import TABLES
 
 NAMES = [name for name in TABLES if name.startswith("credit-") and "medium" in name]
-COLOURS = ["#e6ab02", "#1b9e77", "#d95f02", "#7570b3", "#66a61e", "#a6761d", "#e7298a", "0.6", "0.3", "#17becf"]
-COLOURS += ["#a6cee3", "#000000"]
 if __name__ == "__main__":
     args = tyro.cli(Printing, description=__doc__)
     if not args.show:
@@ -74,20 +67,3 @@ if __name__ == "__main__":
             mean, (low, high) = statistics.mean(map(statistics.mean, pairs)), hierarchical_interval(pairs)
             counts = f"{len(pairs)} tables, {sum(map(len, pairs))} pairs of seeds"
             print(f"- {label}: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {counts})")
-
-    figure, axes = plt.subplots(figsize=(11, 4))
-    shown = [label for label in labels if label != "R" and any(label in runs for runs in there.values())]
-    for place, label in enumerate(shown):
-        for number, runs in enumerate(there.values()):
-            values = numbers(runs.get(label, {}), "score")
-            if values:
-                x = number + (place - (len(shown) - 1) / 2) * 0.8 / len(shown)
-                axes.bar(x, statistics.mean(values), 0.7 / len(shown), color=COLOURS[labels.index(label)], label=label)
-                axes.scatter([x] * len(values), values, s=5, color="black", zorder=3)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one per label
-    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=4)
-    axes.set_xticks(range(len(there)), [name[7:].replace("-", " ") for name in there], fontsize=8)
-    axes.set_ylabel("score of the last policy (random 0, expert 100)")
-    axes.set_title("What the agents are told: bars are means, dots are seeds", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "credit-pays.png", dpi=110)

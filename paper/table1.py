@@ -1,7 +1,7 @@
 """The paper's Table 1: twelve particle datasets, every system, from the files of the tables credit-*.
 
     python paper/table1.py            # run what paper/results lacks (days of two cores), then print
-    python paper/table1.py --show     # print what is there
+    python paper/table1.py --show     # print what is there; both draw paper/results/credit-pays.png
 
 R: CQL and OMAR are told the raw team reward, as in the paper; MA-ICQ learns from it through a mixer, in units of its
 deviation. R / N: the control, in the same units as MACCA's shares. Scores are those of last policies over 100 episodes;
@@ -10,8 +10,23 @@ of several settings the better one counts, for R / N and for MACCA.
 
 import statistics
 
+import matplotlib
 import tyro
-from rows import Runs, better, by_label, hierarchical_interval, mean_interval, mean_std, numbers, paired, print_table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rows import (
+    RESULTS,
+    Runs,
+    better,
+    by_label,
+    hierarchical_interval,
+    mean_interval,
+    mean_std,
+    numbers,
+    paired,
+    print_table,
+)
 from runs import Printing, run_missing
 from tables import TABLES
 
@@ -59,11 +74,34 @@ def systems(dataset: str) -> dict[str, Runs]:
     }
 
 
+def draw(datasets: dict[str, dict[str, Runs]]) -> None:
+    """What the agents are told, a panel for each backbone: means as bars, seeds as dots."""
+    figure, panels = plt.subplots(3, sharex=True, sharey=True, figsize=(10, 8), layout="constrained")
+    for axes, x in zip(panels, BACKBONES, strict=True):
+        kinds = {f"{x}, R / N": "R / N", f"MACCA-{x}": "MACCA", f"MACCA-{x}, rolled": "MACCA, rolled"}
+        kinds |= {"MA-ICQ, R" if x == "ICQ" else f"{x}, R": "R", "cloning": "cloning"}
+        for place, (kind, label) in enumerate(kinds.items()):
+            scores = {number: numbers(runs[kind], "score") for number, runs in enumerate(datasets.values())}
+            shown = {number + 0.16 * (place - 2): values for number, values in scores.items() if values}
+            axes.bar([*shown], [statistics.mean(values) for values in shown.values()], 0.14, label=label)
+            for where, values in shown.items():
+                axes.scatter([where] * len(values), values, s=4, color="black", zorder=3)
+        axes.set_ylabel("MA-ICQ (R), ICQ" if x == "ICQ" else x)
+    panels[0].legend(ncols=5, frameon=False, fontsize=8, loc="upper right")
+    panels[0].set_title("Scores of last policies (random 0, expert 100), by what the agents are told", fontsize=10)
+    panels[2].set_xticks(
+        range(len(datasets)), [name.replace("-", " ", 1) for name in datasets], rotation=30, ha="right"
+    )
+    figure.savefig(RESULTS / "credit-pays.png", dpi=100)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Printing, description=__doc__)
     if not args.show:
         run_missing([name for name in TABLES if name.startswith("credit-")], args.jobs)
     datasets = {dataset: systems(dataset) for dataset in PAPER}
+    draw(datasets)
     columns = [name for name in systems("cn-expert") if "rolled" not in name]
 
     print_table(
