@@ -83,6 +83,7 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
                 "MACCA-OMAR, rolled": f"paper/rolled.py macca_omar.py {where}{omar}",
                 "MACCA-CQL, rolled": f"paper/rolled.py macca_cql.py {where}{cql}",
                 "MACCA-ICQ, rolled": f"paper/rolled.py macca_icq.py {where}{icq}",
+                "oracle, CQL": f"macca_cql.py {where} --credit oracle{cql}",
             },
         )
 
