@@ -383,7 +383,7 @@ def critic_loss(batch: Batch, rewards: Tensor, nets: Networks, args: Args) -> tu
             candidates, log_density = penalty_actions(nets.actor(x).tanh(), args.cql_samples)
         q_all = nets.critic(x, torch.cat([actions[:, :, None], candidates], dim=2))  # [2, N, B, 1 + 2 K]
         q = q_all[..., 0]
-        # log of exp Q's integral over all actions plus that near pi's, by importance sampling, plus log 2 K.
+        # log of exp Q's integral over all actions plus that near pi's, by importance sampling, plus log K.
         soft_maximum = (q_all[..., 1:] - log_density).logsumexp(3)
     # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')), r_hat after a terminal or a death
     bootstrap = ~batch["terminals"] & batch["next_alive"].T  # [N, B]

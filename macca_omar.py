@@ -385,7 +385,7 @@ def critic_loss(batch: Batch, rewards: Tensor, nets: Networks, args: Args) -> tu
             candidates, log_density = penalty_actions(nets.actor(x).tanh(), args.cql_samples)
         q_all = nets.critic(x, torch.cat([actions[:, :, None], candidates], dim=2))  # [2, N, B, 1 + 2 K]
         q = q_all[..., 0]
-        # log of exp Q's integral over all actions plus that near pi's, by importance sampling, plus log 2 K.
+        # log of exp Q's integral over all actions plus that near pi's, by importance sampling, plus log K.
         soft_maximum = (q_all[..., 1:] - log_density).logsumexp(3)
     # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')), r_hat after a terminal or a death
     bootstrap = ~batch["terminals"] & batch["next_alive"].T  # [N, B]
@@ -400,7 +400,9 @@ def zeroth_order_actions(x: Tensor, pi: Tensor, critic: Critic, args: Args) -> T
     own = pi[:, :, None]  # [N, B, 1, A]
     mean, std, candidates, q = torch.zeros_like(own), 2.0, own, own
     for _ in range(args.omar_rounds):
-        samples = (mean + std * torch.randn_like(own.expand(-1, -1, args.omar_samples, -1))).clamp(-1, 1)  # K
+        samples = (mean + std * torch.randn_like(own.expand(-1, -1, args.omar_samples, -1))).clamp(
+            -1, 1
+        )  # [N, B, K, A]
         candidates = torch.cat([samples, own], dim=2)
         q = critic(x, candidates, twins=1)[0]  # [N, B, K + 1]
         weights = q[..., :-1].softmax(2)[..., None]  # refit the Gaussian to the good samples

@@ -72,7 +72,9 @@ if __name__ == "__main__":
             missing += [name] * (not path.is_file())
         tables = [name for name, needed in paths.items() if all(path.is_file() for path in needed)]
         run_missing(tables, args.jobs, engine=args.engine, address=args.address, first=args.seeds)
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    beside = PAGE.with_suffix(".tmp")  # replaced as a whole, so that it is never half written
+    beside.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    beside.replace(PAGE)
     print(PAGE)
     if missing:
         fail(f"tables that need {', '.join(missing)} were left out; these could not be recorded (SMAX needs jaxmarl)")

@@ -115,6 +115,15 @@ def test_one_row_of_a_table(project):
     assert row["dataset_sha256"] == "0123456789abcdef" and f"torch {torch.__version__}" in row["versions"]
 
 
+def test_the_first_seeds_of_a_table(project):
+    for first, seeds in ((2, SEEDS[:2]), (4, SEEDS[:4])):
+        assert run(project, "--only", "behaviour cloning", "--seeds", first)[0] == 0
+        assert [row["seed"] for row in recorded(project)] == seeds
+    for flag in ("--seeds", "--jobs"):
+        status, stdout, stderr = run(project, "--only", "behaviour cloning", flag, 0)
+        assert (status, stdout) == (2, "") and "must be at least 1" in stderr
+
+
 def test_columns_that_are_printed_are_recorded(project):
     assert run(project, "--only", "behaviour cloning")[0] == 0
     printed = {
@@ -419,9 +428,13 @@ def test_an_environment_that_is_not_rendered(script, discrete, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("edges", [np.zeros((2, 5)), np.full((3, 40), 0.9)])
-def test_graphs_without_an_edge_and_with_very_many(edges, tmp_path):
+def test_graphs_without_an_edge_and_with_very_many(edges, tmp_path, monkeypatch):
+    """A line for each edge that counts, up to 60, and for each agent."""
+    figures = []
+    monkeypatch.setattr(pictures.plt, "close", figures.append)
     names = [("nobody's", "", f"s{d}") for d in range(edges.shape[1])]
     pictures.draw_graph(tmp_path / "graph.png", edges, names, 0.1)
+    assert len(figures[0].axes[0].lines) == min(60, (edges >= 0.1).sum()) + len(edges)
     with Image.open(tmp_path / "graph.png") as image:
         image.load()
 
@@ -593,6 +606,10 @@ def test_a_causal_model_beside_the_policies(script, tmp_path, monkeypatch):
     status, _, stderr = toy.run("paper/ablation", tmp_path, *words, monkeypatch=monkeypatch)
     assert status == 0, stderr
     assert [number for number, rows in told if rows == 16] == [2, 3, 4, 5] and len(losses) == 5  # 1 before, 4 beside
+    broken = lambda *x: genuine(*x) * (torch.nan if len(x[1]) == 16 else 1)  # noqa: E731
+    monkeypatch.setattr(CausalModel, "assign", broken)  # what the minibatch is told reaches the critics
+    status, _, stderr = toy.run("paper/ablation", tmp_path, *words, monkeypatch=monkeypatch)
+    assert status == 2 and "critic_loss is nan" in stderr, stderr
 
 
 def test_pages_are_filled_from_commands():
