@@ -400,10 +400,8 @@ def zeroth_order_actions(x: Tensor, pi: Tensor, critic: Critic, args: Args) -> T
     own = pi[:, :, None]  # [N, B, 1, A]
     mean, std, candidates, q = torch.zeros_like(own), 2.0, own, own
     for _ in range(args.omar_rounds):
-        samples = (mean + std * torch.randn_like(own.expand(-1, -1, args.omar_samples, -1))).clamp(
-            -1, 1
-        )  # [N, B, K, A]
-        candidates = torch.cat([samples, own], dim=2)
+        samples = (mean + std * torch.randn_like(own.expand(-1, -1, args.omar_samples, -1))).clamp(-1, 1)
+        candidates = torch.cat([samples, own], dim=2)  # [N, B, K + 1, A]
         q = critic(x, candidates, twins=1)[0]  # [N, B, K + 1]
         weights = q[..., :-1].softmax(2)[..., None]  # refit the Gaussian to the good samples
         mean = (weights * samples).sum(2, keepdim=True)
