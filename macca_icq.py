@@ -22,7 +22,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,6 @@ class Args:
     gamma: float = 0.95  # discount factor
     learning_rate: float = 1e-2  # of actors and critics (Adam)
     hidden_dim: int = 64  # width of the two hidden layers
-    layer_norm: bool = False  # in the critics
     target_rate: float = 0.01  # Polyak step of the targets
     max_grad_norm: float = 0.5  # gradient clipping, per agent
     eval_interval: int = 1_000  # between evaluations and checkpoints
@@ -98,9 +97,8 @@ def make_env(name: str, seed: int = 0) -> tuple[Any, bool]:
         env = getattr(module, factory)() if factory else module.parallel_env(task)
         spaces = [(env.observation_space(a).shape, env.action_space(a)) for a in env.possible_agents]
         shape, space = spaces[0]
-        vector, box = shape and len(shape) == 1, isinstance(space, Box) and len(space.shape) == 1
-        box = box and (space.low == -1).all() and (space.high == 1).all()
-        discrete = isinstance(space, Discrete) and space.start == 0
+        vector, discrete = shape and len(shape) == 1, isinstance(space, Discrete) and space.start == 0
+        box = isinstance(space, Box) and len(space.shape) == 1 and (space.low == -1).all() and (space.high == 1).all()
         require(len({*map(str, spaces)}) == 1, f"--env {name} has agents of different spaces, expected equal ones")
         require(box or discrete, f"--env {name} acts in {space}, not Box(-1, 1, (A,)) or Discrete")
         require(vector, f"--env {name} observes no vectors; masks belong in its infos")
@@ -177,8 +175,7 @@ def load_dataset(path: Path, args: Args, env) -> tuple[Batch, dict[str, Any]]:
         when, rows = ("next", T) if given else ("final", int(ends.sum()))
         stored = take(f"{when}_{name}", kind, rows, *shape)
         x[ends] = stored[ends] if given else stored
-        same = not given or np.allclose(stored[:-1], x[:-1], atol=1e-6)
-        require(same, f"{path}: next_{name} are not the next row's")
+        require(not given or np.allclose(stored[:-1], x[:-1], atol=1e-6), f"{path}: next_{name} are not the next row's")
         return x
 
     data["observations"] = take("observations", "float", T, N, *shape)
@@ -287,9 +284,8 @@ def stacked_mlp(n: int, *dims: int) -> nn.Sequential:
 class Critic(nn.Module):
     """Twin critics Q^{i,1}, Q^{i,2} of every agent: 2 N networks, first all first twins."""
 
-    def __init__(self, n: int, in_dim: int, action_dim: int, hidden_dim: int, discrete: bool, norm: bool):
+    def __init__(self, n: int, in_dim: int, action_dim: int, hidden_dim: int, discrete: bool):
         super().__init__()
-        self.norm = norm  # bounds Q for actions that the dataset does not have
         self.layer1 = StackedLinear(n, in_dim, hidden_dim)
         self.action_weight = None if discrete else StackedLinear(n, action_dim, hidden_dim).weight
         self.layer2 = StackedLinear(n, hidden_dim, hidden_dim)
@@ -304,9 +300,7 @@ class Critic(nn.Module):
             actions = actions.flatten(1, 2).repeat(twins, 1, 1)  # [twins N, B K, A]
             part = torch.bmm(actions, self.action_weight[: len(x)])
             x = x[:, :, None] + part.view(*x.shape[:2], -1, x.shape[2])
-        for layer in (self.layer2, self.layer3):
-            x = F.layer_norm(x, x.shape[-1:]) if self.norm else x
-            x = layer(x.relu_().flatten(1, -2))
+        x = self.layer3(self.layer2(x.relu_().flatten(1, -2)).relu_())
         return x.view(twins, agents, batch, -1)
 
 
@@ -320,7 +314,7 @@ class Networks(nn.Module):
         (n, in_dim), hidden = data["observations"].shape[1:], args.hidden_dim
         dims = (n, in_dim, hidden, hidden, self.action_dim)
         self.actor, self.actor_target = stacked_mlp(*dims), stacked_mlp(*dims)
-        dims = (2 * n, in_dim, self.action_dim, hidden, self.discrete, args.layer_norm)
+        dims = (2 * n, in_dim, self.action_dim, hidden, self.discrete)
         self.critic, self.critic_target = Critic(*dims), Critic(*dims)
         self.actor_target.requires_grad_(False).load_state_dict(self.actor.state_dict())
         self.critic_target.requires_grad_(False).load_state_dict(self.critic.state_dict())
@@ -342,8 +336,7 @@ class Networks(nn.Module):
 
 def optimize(loss: Tensor, nets: Networks, name: str, optimizer: Adam, args: Args) -> None:
     """One step of the actors or critics, then of their target by `target_rate`."""
-    network, target = getattr(nets, name), getattr(nets, f"{name}_target")
-    parameters = list(network.parameters())
+    parameters, targets = (list(getattr(nets, x).parameters()) for x in (name, f"{name}_target"))
     gradients = torch.autograd.grad(loss, parameters)
     # Clipped per agent: one norm over all would couple the agents.
     per_agent = [g.view(-1, len(nets.mean), g[0].numel()) for g in gradients]  # [twins, N, n]
@@ -354,7 +347,7 @@ def optimize(loss: Tensor, nets: Networks, name: str, optimizer: Adam, args: Arg
         parameter.grad = gradient
     optimizer.step()
     with torch.no_grad():
-        for old, new in zip(target.parameters(), parameters, strict=True):
+        for old, new in zip(targets, parameters, strict=True):
             old.lerp_(new, args.target_rate)
 
 
@@ -396,18 +389,16 @@ def actor_loss(batch: Batch, nets: Networks, args: Args) -> tuple[Tensor, Batch]
         logits = nets.actor(x).masked_fill(~masks, -1e9)  # [N, B, A]
         q_policy = (logits.softmax(2) * nets.critic(x).min(0).values).sum(2).detach()
         distance = F.cross_entropy(logits.movedim(2, 1), actions, reduction="none")
-        data_distance = (logits.argmax(2) != actions).float().mean()
     else:
         pi = nets.actor(x).tanh()
         q_policy = nets.critic(x, pi[:, :, None]).min(0).values.squeeze(2).detach()
         distance = (pi - actions).square().sum(2)  # a Gaussian's negative log-likelihood
-        data_distance = (pi.detach() - actions).square().mean()
     alive = batch["alive"].T.float()  # [N, B]
     advantage = ((q_data - q_policy) / args.beta).masked_fill(alive == 0, -1e9)
     weights = advantage.softmax(1) * alive  # [N, B], 0 for the dead
     weights = weights * alive.sum(1, keepdim=True)  # mean 1 over the living
     loss = (weights * distance).mean(1).sum()
-    return loss, {"q_policy": q_policy.mean(), "data_distance": data_distance, "actor_loss": loss.detach()}
+    return loss, {"q_policy": q_policy.mean(), "actor_loss": loss.detach()}
 
 
 # === End of the algorithm ===
@@ -417,7 +408,6 @@ def update_causal_model(batch: Batch, causal_model: CausalModel, optimizers) -> 
     optimizers["causal"].zero_grad()
     loss.backward()
     optimizers["causal"].step()
-    optimizers["schedule"].step()
     causal_model.project()
     return {"causal_loss": loss.detach(), "team_error": error}
 
@@ -439,13 +429,22 @@ def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalMode
     options = (args.share, args.graph, args.anchor, args.lambda1, args.lambda2, args.h, args.references)
     causal_model = CausalModel(n, states.shape[1], nets.action_dim, owner, *options).to(states.device)
     causal_model.fit_statistics(states, actions, data["rewards"])
-    optimizers: dict[str, Any] = {
-        "causal": Adam(causal_model.parameter_groups(args.causal_learning_rate), fused=True),
-        "critic": Adam(nets.critic.parameters(), lr=args.learning_rate, fused=True),
-        "actor": Adam(nets.actor.parameters(), lr=args.learning_rate, fused=True),
-    }
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizers["causal"], 1.0, 0.0, args.causal_iterations)
-    return nets, causal_model, optimizers | {"schedule": schedule}
+    optimizers: dict[str, Any] = {"causal": Adam(causal_model.parameter_groups(args.causal_learning_rate), fused=True)}
+    optimizers["schedule"] = torch.optim.lr_scheduler.LinearLR(optimizers["causal"], 1.0, 0.0, args.causal_iterations)
+    for name in ("critic", "actor"):
+        optimizers[name] = Adam(getattr(nets, name).parameters(), lr=args.learning_rate, fused=True)
+    return nets, causal_model, optimizers
+
+
+def repeated(step, as_graph: bool):
+    """The logs of a step, done again and again; on a GPU from the fourth time on as one CUDA graph."""
+    for _ in range(3) if as_graph else count():
+        yield step()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):  # records the step, does not run it
+        logs = step()
+    while True:
+        graph.replay()
+        yield logs
 
 
 def write(path: Path, content: bytes) -> None:
@@ -493,7 +492,7 @@ if __name__ == "__main__":
         data, metadata = load_dataset(path, args, env)
         digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
         parts, device = hold_out(data), "cuda" if args.cuda else "cpu"
-        data, held_out = ({name: x.to(device) for name, x in part.items()} for part in parts)
+        data, held = ({name: x.to(device) for name, x in part.items()} for part in parts)
         nets, causal_model, optimizers = build(args, data, metadata)
     except Exception as error:  # of many kinds
         require(False, f"the dataset {path} cannot be used: {error}")
@@ -518,6 +517,11 @@ if __name__ == "__main__":
         run = Path("runs", f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         config = {"args": vars(args), "dataset_sha256": digest, "command": sys.argv}
         write(run / "config.json", json.dumps(config, indent=2).encode())
+    for group in [group for name in ("causal", "critic", "actor") for group in optimizers[name].param_groups]:
+        group["capturable"] = args.cuda  # a graph reads the learning rate where it runs
+        group["lr"] = torch.as_tensor(group["lr"], device=device) if args.cuda else float(group["lr"])
+    causes = repeated(lambda: update_causal_model(sample(data, args.batch_size), causal_model, optimizers), args.cuda)
+    policies = repeated(lambda: update(sample(data, args.batch_size), nets, optimizers, args), args.cuda)
     print(f"{len(data['alive'])} transitions of {path}; run folder {run}")
     writer = SummaryWriter(str(run), purge_step=iteration + 1)
     progress = tqdm(total=last_iteration - first, initial=iteration - first, unit="it", mininterval=1)
@@ -535,19 +539,16 @@ if __name__ == "__main__":
         if not logs or iteration == 0 or due or over:  # before what takes long or may crash
             checkpoint = {name: module.state_dict() for name, module in modules.items()}
             checkpoint |= {"script": script, "args": vars(args), "dataset_sha256": digest}
-            checkpoint |= {"iteration": iteration, "rows": rows, "rng": [torch.get_rng_state()]}
-            checkpoint["rng"] += [torch.cuda.get_rng_state()] if args.cuda else []
-            torch.save(checkpoint, buffer := io.BytesIO())
-            content = buffer.getvalue()
-            write(run / "checkpoint.pt", content + hashlib.sha256(content).digest())
+            checkpoint["rng"] = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if args.cuda else [])]
+            torch.save(checkpoint | {"iteration": iteration, "rows": rows}, buffer := io.BytesIO())
+            write(run / "checkpoint.pt", buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
         if iteration >= 0 and "credit" not in data and (due or not over):
             data["credit"] = assign_credit(data, args, causal_model)
             if args.standardize_rewards:
                 data["credit"] = standardize(data["credit"], data["alive"], nets.center)
             if args.credit == "macca":  # how good it is on held-out episodes
-                paid, cause = (held_out.get(name) for name in ("individual_rewards", "shapley_rewards"))
-                inputs = (*causal_inputs(held_out), held_out["rewards"], held_out["alive"])
-                report = causal_model.report(*inputs, paid, cause)
+                paid, cause = (held.get(name) for name in ("individual_rewards", "shapley_rewards"))
+                report = causal_model.report(*causal_inputs(held), held["rewards"], held["alive"], paid, cause)
                 shown = [f"{name} {x:.3g}" for name, x in report.items() if name.endswith(("nmse", "skill"))]
                 progress.write(f"credit: {', '.join(shown)}")
         if due and all(row["iteration"] != iteration for row in rows):
@@ -568,8 +569,9 @@ if __name__ == "__main__":
             progress.write(f"iteration {iteration}: {', '.join(f'{name} {row[name]:.3g}' for name in names)}")
         if over:
             break
-        batch, causal = sample(data, args.batch_size), iteration < 0
-        logs = update_causal_model(batch, causal_model, optimizers) if causal else update(batch, nets, optimizers, args)
+        logs = next(causes if iteration < 0 else policies)
+        if iteration < 0:
+            optimizers["schedule"].step()
         iteration += 1
         progress.update()
     progress.close()

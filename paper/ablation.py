@@ -76,15 +76,17 @@ CHANGES = {
     },
     "beside": {
         "1.0, 0.0, args.causal_iterations)": "1.0, 0.0, args.causal_iterations + args.total_iterations)",
-        "        logs = update_causal_model(batch, causal_model, optimizers) if causal else": """\
+        "        logs = next(causes if iteration < 0 else policies)\n        if iteration < 0:\n": """\
+        batch = sample(data, args.batch_size)  # one for both, and no graphs, as nothing learns alone
         logs = update_causal_model(batch, causal_model, optimizers)
-        if not causal:
+        if iteration >= 0:
             batch["credit"] = causal_model.assign(*causal_inputs(batch), batch["rewards"], batch["alive"])
             if args.standardize_rewards:  # by the minibatch's deviation, as all shares change all the time
                 batch["credit"] = standardize(batch["credit"], batch["alive"], nets.center)
             if (iteration + 1) % args.eval_interval == 0:
                 data.pop("credit")  # so that the next evaluation measures the credit anew
-        logs = logs if causal else\
+            logs = update(batch, nets, optimizers, args)
+        if iteration <= args.total_iterations:
 """,
     },
 }

@@ -50,7 +50,7 @@ if __name__ == "__main__":
         fail("a resumed run has no edges of its first part; start a new run")
     CausalModel.loss = recording(CausalModel.loss, 500)
     CausalModel.report = recording(CausalModel.report, 1)  # called once, after the last loss
-    sys.argv = sys.argv[1:]
+    sys.argv = [*sys.argv[1:], "--no-cuda"]  # on a GPU the causal model's code runs once only, as a graph
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     finally:  # an interrupted run keeps its edges too

@@ -92,7 +92,7 @@ class Networks(nn.Module):
         self.action_dim = data["action_masks" if self.discrete else "actions"].shape[2]
         (n, in_dim), state_dim, hidden = data["observations"].shape[1:], state.shape[1], args.hidden_dim
         self.actor = stacked_mlp(n, in_dim, hidden, hidden, self.action_dim)
-        dims = (n, in_dim + state_dim, self.action_dim, hidden, self.discrete, False)
+        dims = (n, in_dim + state_dim, self.action_dim, hidden, self.discrete)
         self.critic, self.critic_target = Critic(*dims), Critic(*dims)
         dims = (n, state_dim, args.embed_dim)
         self.mixer, self.mixer_target = Mixer(*dims), Mixer(*dims)

@@ -54,7 +54,7 @@ class Args:
     rounds: int = 20
     """timed rounds of 10 iterations each, after 3 that are not counted"""
     omar: str = ""
-    """a clone of OMAR's code, whose update is timed beside ours, with the same minibatches and sizes, on the CPU"""
+    """a clone of OMAR's code, whose update is timed beside ours, with the same minibatches and sizes"""
     physics: bool = False
     """measure joint steps of the particle tasks instead, observations and rewards included"""
 
@@ -89,15 +89,14 @@ def made_up(path: Path, steps: int, env) -> None:
 
 def omar_update(clone: Path, batches: list[dict[str, torch.Tensor]], settings: Any) -> Callable[[], None]:
     """An iteration of OMAR's published code: the update of every agent, then of all targets."""
-    # Of what it imports beside torch, the update uses nothing. Calls that move tensors to a GPU do nothing here.
+    # Of what it imports beside torch, the update uses nothing.
     for name in ("gym", "gym.spaces", "multiagent"):
         sys.modules.setdefault(name, types.ModuleType(name))
-    for owner, name, value in (
-        (sys.modules["gym"], "spaces", sys.modules["gym.spaces"]),
-        (torch.Tensor, "cuda", lambda self, *_, **__: self),
-        (torch.cuda, "FloatTensor", torch.FloatTensor),
-        (torch.nn.utils, "clip_grad_norm", torch.nn.utils.clip_grad_norm_),
-    ):
+    patches = [(sys.modules["gym"], "spaces", sys.modules["gym.spaces"])]
+    patches += [(torch.nn.utils, "clip_grad_norm", torch.nn.utils.clip_grad_norm_)]
+    if not settings.cuda:  # calls that move tensors to a GPU do nothing
+        patches += [(torch.Tensor, "cuda", lambda self, *_, **__: self), (torch.cuda, "FloatTensor", torch.FloatTensor)]
+    for owner, name, value in patches:
         setattr(owner, name, value)
     sys.path.insert(0, str(clone))
     (size, n, in_dim), dim = batches[0]["observations"].shape, batches[0]["actions"].shape[2]
@@ -113,7 +112,9 @@ def omar_update(clone: Path, batches: list[dict[str, torch.Tensor]], settings: A
     torch.distributions.Distribution.set_default_validate_args(False)  # which were no part of the torch of its time
     names = ("observations", "actions", "credit", "next_observations")
     samples = [[[x[name][:, i].contiguous() for i in range(n)] for name in names] for x in batches]
-    turn = itertools.cycle([[*sample, [torch.zeros(size)] * n] for sample in samples])
+    never = [torch.zeros(size, device=batches[0]["actions"].device)] * n
+    turn = itertools.cycle([[*sample, never] for sample in samples])
+    theirs.prep_training(device="gpu")
 
     def update() -> None:
         sample = next(turn)
@@ -175,7 +176,7 @@ if __name__ == "__main__":
         physics(args.rounds)
         raise SystemExit
     if args.omar:
-        args.script, args.cuda = "macca_omar", False
+        args.script = "macca_omar"
     script: Any = importlib.import_module(args.script)
     settings = script.Args(env=args.env, dataset=args.dataset, batch_size=args.batch_size, cuda=args.cuda)
     env, _ = script.make_env(args.env)
@@ -194,22 +195,24 @@ if __name__ == "__main__":
     batch, credited = (script.sample(data, size) for size in (args.batch_size, 1000))
     batch["credit"] = batch["alive"].float()  # any rewards
     inputs = (*script.causal_inputs(credited), credited["rewards"], credited["alive"])
+    for group in [group for name in ("causal", "critic", "actor") for group in optimizers[name].param_groups]:
+        group["capturable"] = args.cuda
+    policy = script.repeated(lambda: script.update(batch, nets, optimizers, settings), args.cuda)
+    causal = script.repeated(lambda: script.update_causal_model(batch, causal_model, optimizers), args.cuda)
     functions = {
         "sampling": lambda: script.sample(data, args.batch_size),
-        "policy": lambda: script.update(batch, nets, optimizers, settings),
-        "causal model": lambda: script.update_causal_model(batch, causal_model, optimizers),
+        "policy": lambda: next(policy),
+        "causal model": lambda: next(causal),
         "credit": lambda: causal_model.assign(*inputs),  # what assign_credit does a thousand rows at a time
     }
     if args.omar:
         batches = [script.sample(data, args.batch_size) for _ in range(40)]
         for x in batches:
-            x["credit"] = torch.randn(x["alive"].shape)
+            x["credit"] = torch.randn(x["alive"].shape, device=device)
         turn = itertools.cycle(batches)
-        functions = {
-            "theirs": omar_update(Path(args.omar), batches, settings),
-            "ours": lambda: script.update(next(turn), nets, optimizers, settings),
-        }
-        ms = milliseconds(functions, args.rounds, cuda=False)
+        ours = script.repeated(lambda: script.update(next(turn), nets, optimizers, settings), args.cuda)
+        functions = {"theirs": omar_update(Path(args.omar), batches, settings), "ours": lambda: next(ours)}
+        ms = milliseconds(functions, args.rounds, args.cuda)
         print(f"batch {args.batch_size}: OMAR's {ms['theirs']:.1f} ms, ours {ms['ours']:.1f} ms", end="")
         print(f", ratio {ms['theirs'] / ms['ours']:.2f}")
         raise SystemExit

@@ -653,7 +653,7 @@ def test_a_disk_that_cannot_be_written(number, finished, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite(script, tmp_path, monkeypatch):
     """The run stops, says which term it was, and the last good checkpoint stays as it was."""
     dataset = write(tmp_path / "data.npz")
-    flags = [*SHORT, "--dataset", dataset, "--learning-rate", 1e9, "--no-layer-norm"]
+    flags = [*SHORT, "--dataset", dataset, "--learning-rate", 1e9]
     (tmp_path / "first").mkdir()
     status, _, stderr = toy.run(script, tmp_path / "first", *flags, monkeypatch=monkeypatch)
     run = toy.run_folder(tmp_path / "first")
@@ -691,7 +691,7 @@ def test_interrupted_with_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     """Ctrl-C between two checks must not replace a good checkpoint by one full of NaN."""
     dataset = write(tmp_path / "data.npz")
     toy.after(5, lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
-    flags = [*SHORT, "--dataset", dataset, "--learning-rate", 1e9, "--no-layer-norm"]
+    flags = [*SHORT, "--dataset", dataset, "--learning-rate", 1e9]
     flags += ["--eval-interval", 50, "--total-iterations", 50]
     status, _, stderr = toy.run("macca_cql", tmp_path, *flags, monkeypatch=monkeypatch)
     assert status == 2 and ("_loss is nan" in stderr or "_loss is inf" in stderr), (status, stderr)

@@ -175,7 +175,7 @@ def test_build(script, recorded):
         data["states"] = torch.randn(64, 3)
     changes = {"share": "slots", "graph": "fixed", "anchor": 3.0, "lambda1": 0.5, "lambda2": 0.25, "h": 0.3}
     changes |= {"references": 5, "hidden_dim": 8, "learning_rate": 0.02, "causal_learning_rate": 0.03}
-    nets, model, optimizers = script.build(script.Args(cuda=False, layer_norm=False, **changes), data, metadata)
+    nets, model, optimizers = script.build(script.Args(cuda=False, **changes), data, metadata)
     owner = metadata["state_owner"] if recorded else [0, 0, 1, 1]  # whatever an agent observes is its own
     inputs = data["states"] if recorded else data["observations"].flatten(1), data["actions"]
     expected = CausalModel(N, len(owner), 2, owner, "slots", "fixed", 3.0, 0.5, 0.25, 0.3, 5)
@@ -185,7 +185,6 @@ def test_build(script, recorded):
     assert buffers.keys() == dict(expected.named_buffers()).keys()
     assert all(torch.equal(buffers[name], x) for name, x in expected.named_buffers())
     assert nets.critic.layer2.weight.shape == (2 * N, 8, 8) and nets.actor[2].weight.shape == (N, 8, 8)
-    assert not nets.critic.norm
     for name, parameters, rate in (("actor", nets.actor, 0.02), ("critic", nets.critic, 0.02), ("causal", model, 0.03)):
         groups = optimizers[name].param_groups
         assert {p for group in groups for p in group["params"]} == {*parameters.parameters()}
@@ -194,7 +193,7 @@ def test_build(script, recorded):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_causal_step(script):
-    """Eq. 4 of the minibatch and of those alive in it; edges stay above their floor, the learning rate falls to 0."""
+    """Eq. 4 of the minibatch and of those alive in it; edges stay above their floor, the schedule's rate falls to 0."""
     data = make_data()
     data["alive"] = torch.rand(64, N) < 0.7
     _, _, model, optimizers = make(script, causal_iterations=4, causal_learning_rate=0.04)
@@ -208,6 +207,7 @@ def test_the_causal_step(script):
     for iteration in range(4):
         torch.manual_seed(iteration)
         logs = script.update_causal_model(data, model, optimizers)
+        optimizers["schedule"].step()
         torch.manual_seed(iteration)
         loss, error = by_hand.loss(data["observations"].flatten(1), data["actions"], data["rewards"], data["alive"])
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -509,6 +509,7 @@ def test_a_run_by_hand(script, credit, standardize, tmp_path, monkeypatch):
     nets, model, optimizers = script.build(args, data, metadata)
     for _ in range(5 if credit == "macca" else 0):
         script.update_causal_model(script.sample(data, 16), model, optimizers)
+        optimizers["schedule"].step()
     data = credited(script, data, args, nets, model)
     if standardize:
         assert data["credit"].std() == pytest.approx(1, abs=1e-4) and data["credit"].mean().abs() < 1e-5
