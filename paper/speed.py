@@ -114,7 +114,8 @@ def omar_update(clone: Path, batches: list[dict[str, torch.Tensor]], settings: A
     samples = [[[x[name][:, i].contiguous() for i in range(n)] for name in names] for x in batches]
     never = [torch.zeros(size, device=batches[0]["actions"].device)] * n
     turn = itertools.cycle([[*sample, never] for sample in samples])
-    theirs.prep_training(device="gpu")
+    if settings.cuda:
+        theirs.prep_training(device="gpu")
 
     def update() -> None:
         sample = next(turn)
