@@ -82,7 +82,8 @@ def test_resume(script, place, tmp_path, monkeypatch):
 
     def run(part, *flags):
         (tmp_path / part).mkdir(exist_ok=True)
-        assert toy.run(script, tmp_path / part, *flags, monkeypatch=monkeypatch)[::2] == (0, "")
+        status, _, stderr = toy.run(script, tmp_path / part, *flags, monkeypatch=monkeypatch)
+        assert status == 0, stderr
         (metrics,) = tmp_path.glob(f"{part}/runs/*/metrics.csv")
         return metrics.parent, list(csv.DictReader(metrics.open()))
 
