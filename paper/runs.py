@@ -157,6 +157,7 @@ class Training:
             "curve": " ".join(f"{row['iteration']}:{float(row['return']):.1f}" for row in evaluations),
             "wall_seconds": f"{time.monotonic() - self.started:.0f}",
             "versions": " ".join(f"{name} {number}" for name, number in versions.items()),
+            "device": "cuda" if config["args"].get("cuda") else "cpu",
             "commit": self.commit,
             "dataset_sha256": config["dataset_sha256"][:16],
         }
