@@ -11,7 +11,7 @@ with `--graph fixed`. Needs jaxmarl (data/smax.py).
 import statistics
 
 import tyro
-from rows import by_label, mean_interval, mean_std, numbers, paired, print_table
+from rows import by_label, hierarchical_interval, mean_interval, mean_std, numbers, paired, print_table
 from runs import Printing, run_missing
 from tables import TABLES
 
@@ -56,12 +56,19 @@ if __name__ == "__main__":
                 body.append([name, label, mean_std(won, 2), f"{team:.1f}", str(len(won)), paper.get(label, "")])
     print_table(["", "", "won", "team return", "seeds", "the paper's, on SMAC"], body)
 
-    print("\nMACCA minus R / N: difference of returns per agent, paired by seed, with 95 % intervals:\n")
-    body = []
+    print("\nMACCA minus R / N: difference of win rates, paired by seed, with 95 % intervals:\n")
+    body, gaps = [], {"CQL": [], "OMAR": [], "ICQ": [], "their mean": []}
     for name, runs in tables.items():
-        pairs = [(runs.get(f"MACCA-{x}", {}), runs.get(f"{x}, R / N", {})) for x in ("CQL", "OMAR", "ICQ")]
-        body.append([name, *(mean_interval(paired(*pair, "return"), 2) for pair in pairs)])
-    print_table(["", "CQL", "OMAR", "ICQ"], body)
+        cells = [paired(runs.get(f"MACCA-{x}", {}), runs.get(f"{x}, R / N", {}), "won") for x in [*gaps][:3]]
+        cells.append([statistics.mean(three) for three in zip(*cells, strict=False)])
+        body.append([name, *(mean_interval(cell, 2) for cell in cells)])
+        for of_all, cell in zip(gaps.values(), cells, strict=True):
+            of_all += [cell] if cell else []
+    print_table(["", *gaps], body)
+    print("\nMean over datasets, with a 95 % bootstrap of datasets and seeds:\n")
+    for name, cells in gaps.items():
+        mean, (low, high) = statistics.mean(map(statistics.mean, cells)), hierarchical_interval(cells)
+        print(f"- {name}: {mean:+.3f} ({low:+.3f} to {high:+.3f}; {len(cells)} tables)")
 
     # Of MACCA-OMAR: in the other scripts the causal model learns in the same way.
     print("\nCredit against each agent's damage, on held-out battles (reward units; 20 is a battle won):\n")

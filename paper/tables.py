@@ -12,7 +12,7 @@ MA_ICQ = "paper/ma_icq.py --batch-size 256"
 
 # The paper's Tables 9 and 10, the latter by the dataset's quality. An anchor of 1: all edges cost alike.
 PAPER = "--batch-size 1024 --learning-rate 3e-4 --causal-learning-rate 5e-2 --share slots --anchor 1 --h 0.1"
-PAPER += " --gamma 0.95 --hidden-dim 64 --no-standardize-rewards"
+PAPER += " --gamma 0.95 --hidden-dim 64 --no-standardize-rewards --total-iterations 20000 --eval-interval 5000"
 PAPER_ALPHA = {"expert": 5, "medium": 0.5, "medium-replay": 1, "random": 1}  # CQL and OMAR
 PAPER_TAU = {"expert": 0.9, "medium": 0.7, "medium-replay": 0.7, "random": 0.99}  # OMAR
 PAPER_LAMBDAS = {"expert": (7e-3, 7e-3), "medium": (5e-3, 5e-3), "medium-replay": (5e-3, 7e-3), "random": (1e-7, 1e-3)}

@@ -256,6 +256,7 @@ def test_the_papers_settings():
             assert (args.batch_size, args.learning_rate, args.causal_learning_rate) == (1024, 3e-4, 5e-2)
             assert (args.share, args.anchor, args.h, args.gamma, args.hidden_dim) == ("slots", 1, 0.1, 0.95, 64)
             assert not args.standardize_rewards and args.dataset == quality
+            assert args.total_iterations == 20_000  # the least that the paper trains
             assert (args.lambda1, args.lambda2) == lambdas[quality]
             assert name != "OMAR" or (args.tau, args.alpha) == own[quality]
             assert name != "CQL" or args.alpha == own[quality][1]
