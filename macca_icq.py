@@ -437,7 +437,7 @@ def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalMode
 
 
 def repeated(step, as_graph: bool):
-    """The logs of a step, done again and again; on a GPU from the fourth time on as one CUDA graph."""
+    """The logs of a step, again and again; on a GPU from the fourth on a CUDA graph, in which no Python code runs."""
     for _ in range(3) if as_graph else count():
         yield step()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):  # records the step, does not run it

@@ -46,7 +46,7 @@ for task, name in (("simple_spread", "cn"), ("simple_tag", "pp"), ("simple_world
             setting = OTHER.get(f"{name}-{quality}-{backbone}", setting)
             seeds = [41, 42, 43, 44, 45] if backbone == "cql" else [21, 22, 23, 24, 25]
             TABLES[f"credit-{name}-{quality}-{backbone}"] = (
-                seeds[:3] if name == "pp" else seeds,
+                seeds,
                 {
                     "R / N": f"{train} {setting} --credit uniform",
                     **({"R / N, its best setting": f"{train} {own} --credit uniform"} if own else {}),
