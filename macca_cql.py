@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass
 from itertools import count, pairwise
@@ -338,9 +339,8 @@ def optimize(loss: Tensor, nets: Networks, name: str, optimizer: Adam, args: Arg
     per_agent = [g.view(-1, len(nets.mean), g[0].numel()) for g in gradients]  # [twins, N, n]
     norm = torch.stack([g.square().sum((0, 2)) for g in per_agent]).sum(0).sqrt()  # [N]
     scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)[:, None]
-    for parameter, gradient, part in zip(parameters, gradients, per_agent, strict=True):
-        part.mul_(scale)  # a view of the gradient
-        parameter.grad = gradient
+    for parameter, part in zip(parameters, per_agent, strict=True):
+        parameter.grad = part.mul_(scale).view_as(parameter)
     optimizer.step()
     with torch.no_grad():
         for old, new in zip(targets, parameters, strict=True):
@@ -434,8 +434,7 @@ def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalMode
     causal_model.fit_statistics(states, actions, data["rewards"])
     optimizers: dict[str, Any] = {"causal": Adam(causal_model.parameter_groups(args.causal_learning_rate), fused=True)}
     optimizers["schedule"] = torch.optim.lr_scheduler.LinearLR(optimizers["causal"], 1.0, 0.0, args.causal_iterations)
-    for name in ("critic", "actor"):
-        optimizers[name] = Adam(getattr(nets, name).parameters(), lr=args.learning_rate, fused=True)
+    optimizers |= {x: Adam(getattr(nets, x).parameters(), args.learning_rate, fused=True) for x in ("critic", "actor")}
     return nets, causal_model, optimizers
 
 
@@ -520,6 +519,7 @@ if __name__ == "__main__":
         run = Path("runs", f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         config = {"args": vars(args), "dataset_sha256": digest, "command": sys.argv}
         write(run / "config.json", json.dumps(config, indent=2).encode())
+    warnings.filterwarnings("ignore", ".* capturable=True")  # torch warns of the few steps before a graph
     for group in [group for name in ("causal", "critic", "actor") for group in optimizers[name].param_groups]:
         group["capturable"] = args.cuda  # a graph reads the learning rate where it runs
         group["lr"] = torch.as_tensor(group["lr"], device=device) if args.cuda else float(group["lr"])

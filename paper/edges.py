@@ -5,7 +5,7 @@
 
 The run folder gets an edges.npz: `edges` [moments, N, S + N A], the mean probability of every edge, and `iterations`
 [moments], those of the causal model. The moments are every 500th iteration while it learns, on the minibatch, and the
-end, on the held-out transitions.
+end, on the held-out transitions. It trains on the CPU.
 """
 
 import itertools
@@ -50,7 +50,7 @@ if __name__ == "__main__":
         fail("a resumed run has no edges of its first part; start a new run")
     CausalModel.loss = recording(CausalModel.loss, 500)
     CausalModel.report = recording(CausalModel.report, 1)  # called once, after the last loss
-    sys.argv = [*sys.argv[1:], "--no-cuda"]  # on a GPU the causal model's code runs once only, as a graph
+    sys.argv = [*sys.argv[1:], "--no-cuda"]  # a graph runs the causal model's code a few times only
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     finally:  # an interrupted run keeps its edges too

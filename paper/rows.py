@@ -69,8 +69,9 @@ def numbers(runs: Runs, column: str) -> list[float]:
 
 
 def paired(one: Runs, other: Runs, column: str) -> list[float]:
-    """Differences of a column between the runs of two labels with the same seed."""
+    """Differences of a column between the runs of two labels with the same seed and, as far as known, dataset."""
     seeds = [seed for seed in one if seed in other and one[seed].get(column) and other[seed].get(column)]
+    seeds = [seed for seed in seeds if one[seed].get("dataset_sha256") == other[seed].get("dataset_sha256")]
     return [float(one[seed][column]) - float(other[seed][column]) for seed in seeds]
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,12 @@ class Args:
     """CPU threads of torch"""
     cuda: bool = torch.cuda.is_available()
     """measure on the GPU"""
+    graph: bool = True
+    """there, iterations as CUDA graphs, which repeat one minibatch; --no-graph: call by call"""
     rounds: int = 20
     """timed rounds of 10 iterations each, after 3 that are not counted"""
     omar: str = ""
-    """a clone of OMAR's code, whose update is timed beside ours, with the same minibatches and sizes"""
+    """a clone of OMAR's code, whose update is timed beside ours, with the same sizes and minibatches"""
     physics: bool = False
     """measure joint steps of the particle tasks instead, observations and rewards included"""
 
@@ -198,8 +201,10 @@ if __name__ == "__main__":
     inputs = (*script.causal_inputs(credited), credited["rewards"], credited["alive"])
     for group in [group for name in ("causal", "critic", "actor") for group in optimizers[name].param_groups]:
         group["capturable"] = args.cuda
-    policy = script.repeated(lambda: script.update(batch, nets, optimizers, settings), args.cuda)
-    causal = script.repeated(lambda: script.update_causal_model(batch, causal_model, optimizers), args.cuda)
+    warnings.filterwarnings("ignore", ".* capturable=True")  # torch warns of the few steps before a graph
+    graph = args.cuda and args.graph
+    policy = script.repeated(lambda: script.update(batch, nets, optimizers, settings), graph)
+    causal = script.repeated(lambda: script.update_causal_model(batch, causal_model, optimizers), graph)
     functions = {
         "sampling": lambda: script.sample(data, args.batch_size),
         "policy": lambda: next(policy),
@@ -211,7 +216,7 @@ if __name__ == "__main__":
         for x in batches:
             x["credit"] = torch.randn(x["alive"].shape, device=device)
         turn = itertools.cycle(batches)
-        ours = script.repeated(lambda: script.update(next(turn), nets, optimizers, settings), args.cuda)
+        ours = script.repeated(lambda: script.update(next(turn), nets, optimizers, settings), graph)
         functions = {"theirs": omar_update(Path(args.omar), batches, settings), "ours": lambda: next(ours)}
         ms = milliseconds(functions, args.rounds, args.cuda)
         print(f"batch {args.batch_size}: OMAR's {ms['theirs']:.1f} ms, ours {ms['ours']:.1f} ms", end="")

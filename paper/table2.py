@@ -11,7 +11,7 @@ with `--graph fixed`. Needs jaxmarl (data/smax.py).
 import statistics
 
 import tyro
-from rows import by_label, hierarchical_interval, mean_interval, mean_std, numbers, paired, print_table
+from rows import by_label, mean_interval, mean_std, numbers, paired, print_table
 from runs import Printing, run_missing
 from tables import TABLES
 
@@ -36,6 +36,7 @@ PAPER3 = {  # of its Table 3: SHAQ, SQDDPG, SHAQ-CQL, QMIX-CQL
     "6h_vs_8z-medium": ("0.00", "0.00", "0.04", "0.00"),
 }
 COLUMNS3 = ["SHAQ", "SQDDPG", "SHAQ-CQL", "QMIX-CQL"]
+BACKBONES = ["CQL", "OMAR", "ICQ"]
 AGENTS = {"2s3z": 5, "5m_vs_6m": 5, "6h_vs_8z": 6}
 CREDIT = ["paid_mae", "paid_even_mae", "paid_skill", "team_nmse"]
 
@@ -57,18 +58,16 @@ if __name__ == "__main__":
     print_table(["", "", "won", "team return", "seeds", "the paper's, on SMAC"], body)
 
     print("\nMACCA minus R / N: difference of win rates, paired by seed, with 95 % intervals:\n")
-    body, gaps = [], {"CQL": [], "OMAR": [], "ICQ": [], "their mean": []}
+    body, means = [], []
     for name, runs in tables.items():
-        cells = [paired(runs.get(f"MACCA-{x}", {}), runs.get(f"{x}, R / N", {}), "won") for x in [*gaps][:3]]
-        cells.append([statistics.mean(three) for three in zip(*cells, strict=False)])
+        cells = [paired(runs.get(f"MACCA-{x}", {}), runs.get(f"{x}, R / N", {}), "won") for x in BACKBONES]
         body.append([name, *(mean_interval(cell, 2) for cell in cells)])
-        for of_all, cell in zip(gaps.values(), cells, strict=True):
-            of_all += [cell] if cell else []
-    print_table(["", *gaps], body)
-    print("\nMean over datasets, with a 95 % bootstrap of datasets and seeds:\n")
-    for name, cells in gaps.items():
-        mean, (low, high) = statistics.mean(map(statistics.mean, cells)), hierarchical_interval(cells)
-        print(f"- {name}: {mean:+.3f} ({low:+.3f} to {high:+.3f}; {len(cells)} tables)")
+        if all(len(cell) > 1 for cell in cells):
+            means.append([statistics.mean(cell) for cell in cells])
+    columns = [*zip(*means, strict=True), [statistics.mean(three) for three in means]]
+    body.append([f"mean of {len(means)} datasets", *(mean_interval(column, 3) for column in columns)])
+    print_table(["", *BACKBONES], [cells[:4] for cells in body])
+    print(f"\nOver these datasets, of all three: {mean_interval(columns[-1], 3)}.")
 
     # Of MACCA-OMAR: in the other scripts the causal model learns in the same way.
     print("\nCredit against each agent's damage, on held-out battles (reward units; 20 is a battle won):\n")

@@ -15,7 +15,7 @@ SHORT += ["--eval-episodes", 1, "--final-episodes", 2]
 def build(script, path, env):
     """A script's networks, causal model, optimizers (as its main part prepares them) and data, on the GPU."""
     module = importlib.import_module(script)
-    args = module.Args(env=env, cuda=True, batch_size=32, hidden_dim=8)
+    args = module.Args(env=env, cuda=True, batch_size=32, hidden_dim=8, causal_iterations=20)
     torch.manual_seed(0)
     data, metadata = module.load_dataset(path, args, module.make_env(env)[0])
     data = {name: x.cuda() for name, x in data.items()}
@@ -27,7 +27,7 @@ def build(script, path, env):
         "policy": lambda: module.update(module.sample(data, 32), nets, optimizers, args),
         "causal": lambda: module.update_causal_model(module.sample(data, 32), causal_model, optimizers),
     }
-    return module, nets, causal_model, learn, data
+    return module, nets, causal_model, learn, data, optimizers["schedule"]
 
 
 @pytest.fixture(scope="module", params=["matching", "matching_discrete"])
@@ -42,10 +42,13 @@ def test_a_graph_repeats_the_step(script, learner, place):
     """Ten steps by `repeated`, seven of them as a graph, end where ten calls end, with the same random numbers."""
     results = []
     for as_graph in (False, True):
-        module, nets, causal_model, learn, _ = build(script, *place)
+        module, nets, causal_model, learn, _, schedule = build(script, *place)
         torch.cuda.manual_seed(1)
-        steps = module.repeated(learn[learner], as_graph)
-        logs = [{name: x.item() for name, x in next(steps).items()} for _ in range(10)]
+        steps, logs = module.repeated(learn[learner], as_graph), []
+        for _ in range(10):
+            logs.append({name: x.item() for name, x in next(steps).items()})
+            if learner == "causal":
+                schedule.step()  # the graph sees the new rates
         results.append((logs, {**nets.state_dict(), **causal_model.state_dict()}))
     (logs, state), (graph_logs, graph_state) = results
     assert logs == graph_logs and logs[-1] != logs[-2]
@@ -54,7 +57,7 @@ def test_a_graph_repeats_the_step(script, learner, place):
 
 @pytest.mark.parametrize("script", toy.SCRIPTS)
 def test_nothing_waits_for_the_host(script, place):
-    _, _, _, learn, _ = build(script, *place)
+    _, _, _, learn, _, _ = build(script, *place)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in learn.values():
@@ -65,7 +68,7 @@ def test_nothing_waits_for_the_host(script, place):
 
 @pytest.mark.parametrize("share", ["shapley", "slots"])
 def test_credit_is_the_cpus(share, place):
-    module, _, causal_model, learn, data = build("macca_omar", *place)
+    module, _, causal_model, learn, data, _ = build("macca_omar", *place)
     causal_model.share = share
     for _ in range(20):
         learn["causal"]()
