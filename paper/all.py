@@ -2,7 +2,7 @@
 
     python paper/all.py               # weeks of two cores; stop it any time, it goes on where it was
     python paper/all.py --seeds 1     # the first seed of every row
-    python paper/all.py --pages       # run nothing, put the tables of today's CSV files into paper/README.md
+    python paper/all.py --pages       # run nothing, put the tables of today's CSV files into both README.md
 
 A page says before each table by which command it is printed: `<!-- python paper/table1.py --show -->`. What stands
 between that line and `<!-- end -->` is replaced by what the command prints, so no number of a table is typed.
@@ -19,14 +19,14 @@ from rows import ROOT, fail
 from runs import dataset, run_missing
 from tables import TABLES
 
-PAGE = ROOT / "paper" / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "paper" / "README.md")
 BLOCK = re.compile(r"(<!-- python (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 @dataclass
 class Args:
     pages: bool = False
-    """run nothing, write the tables into paper/README.md"""
+    """run nothing, write the tables into README.md and paper/README.md"""
     seeds: int = 1_000
     """run the first so many of each table's seeds"""
     jobs: int = 2
@@ -72,9 +72,10 @@ if __name__ == "__main__":
             missing += [name] * (not path.is_file())
         tables = [name for name, needed in paths.items() if all(path.is_file() for path in needed)]
         run_missing(tables, args.jobs, engine=args.engine, address=args.address, first=args.seeds)
-    beside = PAGE.with_suffix(".tmp")  # replaced as a whole, so that it is never half written
-    beside.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    beside.replace(PAGE)
-    print(PAGE)
+    for page in PAGES:
+        beside = page.with_suffix(".tmp")  # replaced as a whole, so that it is never half written
+        beside.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        beside.replace(page)
+        print(page)
     if missing:
         fail(f"tables that need {', '.join(missing)} were left out; these could not be recorded (SMAX needs jaxmarl)")

@@ -9,6 +9,7 @@ of several settings the better one counts, for R / N and for MACCA.
 """
 
 import statistics
+from dataclasses import dataclass
 
 import matplotlib
 import tyro
@@ -96,39 +97,49 @@ def draw(datasets: dict[str, dict[str, Runs]]) -> None:
     plt.close(figure)
 
 
+@dataclass
+class Args(Printing):
+    gains: bool = False
+    """of what is there print only the README's table"""
+
+
 if __name__ == "__main__":
-    args = tyro.cli(Printing, description=__doc__)
-    if not args.show:
+    args = tyro.cli(Args, description=__doc__)
+    if not (args.show or args.gains):
         run_missing([name for name in TABLES if name.startswith("credit-")], args.jobs)
     datasets = {dataset: systems(dataset) for dataset in PAPER}
+    pairs = [(f"MACCA-{x}", f"{x}, R / N") for x in BACKBONES]
+    pairs += [(f"MACCA-{x}", other) for x, other in zip(BACKBONES, ("CQL, R", "OMAR, R", "MA-ICQ, R"), strict=True)]
+    gaps = {(x, y): [paired(runs[x], runs[y], "score") for runs in datasets.values()] for x, y in pairs}
+    arrows = []
+    for number, (name, runs) in enumerate(datasets.items()):
+        task, quality = name.split("-", 1)
+        arrows.append([f"{task.upper()} {quality}"])
+        for x in ("OMAR", "CQL", "ICQ"):
+            means = [numbers(runs[label], "score") for label in (f"{x}, R / N", f"MACCA-{x}")]
+            arrow = " → ".join(f"{statistics.mean(scores):.0f}" for scores in means if scores)
+            gap = mean_interval(gaps[f"MACCA-{x}", f"{x}, R / N"][number])
+            arrows[-1].append(f"{arrow} ({gap})" if gap else arrow)
+    if args.gains:
+        print_table(["R / N → MACCA", "OMAR", "CQL", "ICQ"], arrows)
+        raise SystemExit
+
     draw(datasets)
     columns = [name for name in systems("cn-expert") if "rolled" not in name]
-
     print_table(
         ["dataset", *columns],
         [[name, *(mean_std(numbers(runs[x], "score")) for x in columns)] for name, runs in datasets.items()],
     )
 
     print("\nMACCA minus R / N and minus R, paired by seed, with 95 % intervals; the last three as printed:\n")
-    pairs = [(f"MACCA-{x}", f"{x}, R / N") for x in BACKBONES]
-    pairs += [(f"MACCA-{x}", other) for x, other in zip(BACKBONES, ("CQL, R", "OMAR, R", "MA-ICQ, R"), strict=True)]
-    gaps = {(x, y): [paired(runs[x], runs[y], "score") for runs in datasets.values()] for x, y in pairs}
     body = []
     for number, (name, (*told, cql, omar, icq)) in enumerate(PAPER.items()):
         printed = [f"{x - y:+.1f}" for x, y in zip((cql, omar, icq), told, strict=True)]
         body.append([name, *(mean_interval(gaps[pair][number]) for pair in pairs), *printed])
     print_table(["dataset", *(f"{x} - ({y})" for x, y in pairs), "paper: CQL", "paper: OMAR", "paper: ICQ"], body)
 
-    print("\nR / N → MACCA:\n")  # the README's table
-    body = []
-    for number, (name, runs) in enumerate(datasets.items()):
-        body.append([name])
-        for x in ("OMAR", "CQL", "ICQ"):
-            means = [numbers(runs[label], "score") for label in (f"{x}, R / N", f"MACCA-{x}")]
-            arrow = " → ".join(f"{statistics.mean(scores):.0f}" for scores in means if scores)
-            gap = mean_interval(gaps[f"MACCA-{x}", f"{x}, R / N"][number])
-            body[-1].append(f"{arrow} ({gap})" if gap else arrow)
-    print_table(["dataset", "OMAR", "CQL", "ICQ"], body)
+    print("\nR / N → MACCA (the README's table):\n")
+    print_table(["dataset", "OMAR", "CQL", "ICQ"], arrows)
 
     print("\nMACCA's shares told to the next agent (the control `paper/rolled.py`):\n")
     rolled = [f"MACCA-{x}, rolled" for x in BACKBONES]

@@ -623,6 +623,11 @@ def test_pages_are_filled_from_commands():
         everything.filled("<!-- python paper/nothing.py -->\n<!-- end -->")
 
 
+def test_the_readmes_table_is_what_its_command_prints():
+    text = (toy.ROOT / "README.md").read_text()
+    assert "<!-- python paper/table1.py --gains -->" in text and everything.filled(text) == text
+
+
 @pytest.mark.parametrize("script", ["table1", "ablations", "table2"])
 def test_no_cell_of_a_whole_table_is_empty(script, tmp_path, monkeypatch):
     """With results for every row of every table: a label that no table has would leave an empty cell."""
