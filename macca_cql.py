@@ -4,7 +4,7 @@
 
 MACCA: https://openreview.net/forum?id=gwUOzI4DuV (equation numbers are its).
 `update_causal_model`, `assign_credit` and `update` are Algorithm 1. Each agent has its own actor and twin critics, all
-computed at once: N agents come first in shapes. T transitions, B batch, O observation, A action, S state, K samples.
+computed at once: in them N agents come first. T transitions, B batch, O observation, A action, S state, K samples.
 """
 
 import signal
@@ -336,7 +336,7 @@ def optimize(loss: Tensor, nets: Networks, name: str, optimizer: Adam, args: Arg
     parameters, targets = (list(getattr(nets, x).parameters()) for x in (name, f"{name}_target"))
     gradients = torch.autograd.grad(loss, parameters)
     # Clipped per agent: one norm over all would couple the agents.
-    per_agent = [g.view(-1, len(nets.mean), g[0].numel()) for g in gradients]  # [twins, N, n]
+    per_agent = [g.view(-1, len(nets.mean), g[0].numel()) for g in gradients]  # [twins or 1, N, n]
     norm = torch.stack([g.square().sum((0, 2)) for g in per_agent]).sum(0).sqrt()  # [N]
     scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)[:, None]
     for parameter, part in zip(parameters, per_agent, strict=True):
@@ -376,7 +376,7 @@ def critic_loss(batch: Batch, rewards: Tensor, nets: Networks, args: Args) -> tu
         q = q_all[..., 0]
         # log of exp Q's integral over all actions plus that near pi's, by importance sampling, plus log K.
         soft_maximum = (q_all[..., 1:] - log_density).logsumexp(3)
-    # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')), r_hat after a terminal or a death
+    # y = r_hat + gamma min_k Q_bar^k(o', pi_bar(o')), r_hat alone after a terminal or a death
     bootstrap = ~batch["terminals"] & batch["next_alive"].T  # [N, B]
     y = rewards.T + args.gamma * bootstrap * next_q.squeeze(2)  # [N, B]
     loss = (((q - y).square() + args.alpha * (soft_maximum - q)) * batch["alive"].T).mean(2).sum()
@@ -416,7 +416,7 @@ def update_causal_model(batch: Batch, causal_model: CausalModel, optimizers) -> 
 
 
 def update(batch: Batch, nets, optimizers, args: Args) -> Batch:
-    """Line 6 of Algorithm 1 on one minibatch. There is no GPU synchronization in here."""
+    """Line 6 of Algorithm 1 on one minibatch. Nothing in here waits for a GPU."""
     loss, logs = critic_loss(batch, batch["credit"], nets, args)
     optimize(loss, nets, "critic", optimizers["critic"], args)
     loss, actor_logs = actor_loss(batch, nets, args)
@@ -440,12 +440,12 @@ def build(args: Args, data: Batch, metadata: dict) -> tuple[Networks, CausalMode
 
 def repeated(step, as_graph: bool):
     """The logs of a step, again and again; on a GPU from the fourth on a CUDA graph, in which no Python code runs."""
-    for _ in range(3) if as_graph else count():
+    for _ in range(3) if as_graph else count():  # the first calls make the optimizers' state
         yield step()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):  # records the step, does not run it
         logs = step()
     while True:
-        graph.replay()
+        graph.replay()  # reads and writes the recorded tensors, also those of the logs
         yield logs
 
 
@@ -462,7 +462,7 @@ def write(path: Path, content: bytes) -> None:
 def load_checkpoint(run: Path) -> dict[str, Any]:
     """What a run saved last. A checksum at its end tells whether a single bit has changed."""
     path, script = run / "checkpoint.pt", Path(__file__).name
-    content = path.read_bytes() if path.is_file() else b""
+    content = path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else b""
     whole = content and hashlib.sha256(content[:-32]).digest() == content[-32:]
     require(whole, f"{run} has no whole checkpoint; give a run folder, or start again without --resume")
     checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -521,7 +521,7 @@ if __name__ == "__main__":
         write(run / "config.json", json.dumps(config, indent=2).encode())
     warnings.filterwarnings("ignore", ".* capturable=True")  # torch warns of the few steps before a graph
     for group in [group for name in ("causal", "critic", "actor") for group in optimizers[name].param_groups]:
-        group["capturable"] = args.cuda  # a graph reads the learning rate where it runs
+        group["capturable"] = args.cuda  # a graph reads the learning rate from a tensor
         group["lr"] = torch.as_tensor(group["lr"], device=device) if args.cuda else float(group["lr"])
     causes = repeated(lambda: update_causal_model(sample(data, args.batch_size), causal_model, optimizers), args.cuda)
     policies = repeated(lambda: update(sample(data, args.batch_size), nets, optimizers, args), args.cuda)

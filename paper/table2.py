@@ -75,4 +75,4 @@ if __name__ == "__main__":
     for name, runs in tables.items():
         columns = [numbers(runs.get("MACCA-OMAR", {}), column) for column in CREDIT]
         body.append([name, *(mean_std(c, digits) for c, digits in zip(columns, (3, 3, 2, 2), strict=True))])
-    print_table(["", "mean error", "of the even split", "skill", "team reward's error"], body)
+    print_table(["", "mean absolute error", "of the even split", "skill", "team reward's error"], body)
