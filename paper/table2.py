@@ -64,10 +64,10 @@ if __name__ == "__main__":
         body.append([name, *(mean_interval(cell, 2) for cell in cells)])
         if all(len(cell) > 1 for cell in cells):
             means.append([statistics.mean(cell) for cell in cells])
-    columns = [*zip(*means, strict=True), [statistics.mean(three) for three in means]]
+    columns = zip(*means, strict=True)
     body.append([f"mean of {len(means)} datasets", *(mean_interval(column, 3) for column in columns)])
-    print_table(["", *BACKBONES], [cells[:4] for cells in body])
-    print(f"\nOver these datasets, of all three: {mean_interval(columns[-1], 3)}.")
+    print_table(["", *BACKBONES], body)
+    print(f"\nOver these datasets, of all three: {mean_interval([statistics.mean(three) for three in means], 3)}.")
 
     # Of MACCA-OMAR: in the other scripts the causal model learns in the same way.
     print("\nCredit against each agent's damage, on held-out battles (reward units; 20 is a battle won):\n")

@@ -271,6 +271,9 @@ def test_cells():
     runs = {"1": {"x": "1"}, "2": {"x": ""}, "3": {"x": "5"}}
     assert rows.numbers(runs, "x") == [1, 5] and rows.numbers(runs, "y") == []
     assert rows.paired(runs, {"2": {"x": "1"}, "3": {"x": "2"}, "4": {"x": "3"}}, "x") == [3]
+    one = {"1": {"x": "5", "dataset_sha256": "a"}, "2": {"x": "7", "dataset_sha256": "a"}}
+    other = {"1": {"x": "1", "dataset_sha256": "a"}, "2": {"x": "1", "dataset_sha256": "b"}}
+    assert rows.paired(one, other, "x") == [4]  # of seed 2 the data are others
 
 
 @pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (12, 2.201), (13, 2.179), (21, 2.086), (61, 2.000)])
